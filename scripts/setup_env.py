@@ -1,0 +1,207 @@
+"""Makes .venv in the checkout, with torch, this project and its test tools; `make` calls it.
+
+Needs Python's standard library only. Where nothing has changed since the last time, it does
+nothing. What it cannot do itself it says in one line.
+
+PYTHON (of the Makefile)  the interpreter that runs this file and that .venv is made with
+TORCH                     a torch version instead of the tested one, for example 2.11.0; with a
+                          label, 2.13.0+cpu or 2.13.0+cu126, exactly that build of it
+
+.venv belongs to this script: one that works is kept, any other is replaced.
+"""
+
+# No annotations here: an older python3 must get as far as finding a newer one.
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+CREATED = VENV / "nova-created.txt"  # where and with which Python .venv was made
+STAMP = VENV / "nova-setup.stamp"  # what the last complete set-up was made from
+
+# The Pythons that the tested torch has wheels for.
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
+TESTED_TORCH = "2.13.0"
+# PyTorch's own indexes, one for each build: cpu, cu126...
+TORCH_INDEX = "https://download.pytorch.org/whl/{}"
+
+
+def say(message):
+    print(f"setup: {message}", flush=True)
+
+
+def stop(message):
+    say(message)
+    sys.exit(1)
+
+
+def succeeds(command):
+    """Whether a command can be run and ends well; its output is not shown."""
+    try:
+        subprocess.check_output(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+def read(path):
+    """Text of a file, or an empty string if it is absent."""
+    return path.read_text() if path.exists() else ""
+
+
+def use_supported_python():
+    """Goes on in a suitable python3.x, if the one that runs this file is too old or too new."""
+    running = sys.version_info[:2]
+    if OLDEST_PYTHON <= running <= NEWEST_PYTHON:
+        return
+    for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
+        path = shutil.which(f"python3.{minor}")
+        # Version managers put launchers on PATH for versions that are not there: try it.
+        if path and succeeds([path, "-c", f"import sys; sys.exit(sys.version_info[1] != {minor})"]):
+            os.execv(path, [path, str(Path(__file__).resolve())])
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST_PYTHON, NEWEST_PYTHON))
+    stop(
+        f"Python {oldest} to {newest} is needed, and {sys.executable} is {running[0]}.{running[1]}:"
+        " install one, or name it, for example: make PYTHON=/path/to/python3.12 test"
+    )
+
+
+def wanted_state():
+    """A digest of all that decides what a complete set-up contains."""
+    digest = hashlib.sha256()
+    for name in ("TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS"):
+        digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    sources = ["pyproject.toml", "setup.py", "CMakeLists.txt", "scripts/setup_env.py"]
+    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+    for name in sources:
+        digest.update(name.encode() + b"\n" + (ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def created_as():
+    """What `CREATED` holds for a .venv of this place and this Python."""
+    # Scripts inside a .venv hold its path: a copied one would run the original's.
+    return f"{VENV} {sys.version_info[0]}.{sys.version_info[1]}\n"
+
+
+def create_venv():
+    """Makes .venv with pip in it, unless a usable one is there."""
+    usable = succeeds([str(VENV_PYTHON), "-m", "pip", "--version"])
+    if usable and read(CREATED) in (created_as(), ""):  # "": made by hand
+        CREATED.write_text(created_as())
+        return
+    say(f"making .venv with {sys.executable}")
+    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    if not succeeds(command):
+        install_venv_package()
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            stop(f"{shlex.join(command)} failed: {(result.stdout + result.stderr).strip()}")
+    CREATED.write_text(created_as())
+
+
+def install_venv_package():
+    """Debian and Ubuntu keep the part of Python that makes a venv in a package of its own."""
+    package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+    if not shutil.which("apt-get"):
+        return  # another system: the second try shows what is wrong
+    if os.geteuid() == 0:
+        as_root = []
+    elif succeeds(["sudo", "-n", "true"]):
+        as_root = ["sudo", "-n"]
+    else:
+        stop(
+            "a part of Python that makes virtual environments is missing;"
+            f" run: sudo apt-get install {package}"
+        )
+    say(f"installing {package} with apt-get")
+    apt = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    # An out-of-date list may still do, so only the installation must succeed.
+    subprocess.run([*apt, "update", "-qq"], stdin=subprocess.DEVNULL)
+    install = [*apt, "install", "-y", "-qq", "--no-install-recommends", package]
+    if subprocess.run(install, stdin=subprocess.DEVNULL).returncode != 0:
+        stop(f"{package} could not be installed; install it by hand: apt-get install {package}")
+
+
+def pip_install(*arguments):
+    """Runs pip in .venv; whether it succeeded. A person sees its progress, a log only problems."""
+    command = [str(VENV_PYTHON), "-m", "pip", "install"]
+    if not sys.stdout.isatty():
+        command.append("--quiet")
+    return subprocess.run([*command, *arguments]).returncode == 0
+
+
+def has_nvidia_gpu():
+    """Looks at the driver; torch is not there yet, and must not decide which torch to install."""
+    return Path("/dev/nvidiactl").exists() or succeeds(["nvidia-smi"])
+
+
+def installed_torch():
+    """Version of torch in .venv, or an empty string."""
+    code = "import importlib.metadata as metadata; print(metadata.version('torch'))"
+    result = subprocess.run([str(VENV_PYTHON), "-c", code], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def install_torch():
+    """Installs torch: the small CPU build on a machine without an NVIDIA GPU, else PyPI's."""
+    wanted = os.environ.get("TORCH") or TESTED_TORCH
+    version, _, label = wanted.partition("+")
+    present = installed_torch()
+    if present == wanted or (not label and present.partition("+")[0] == version):
+        return
+    # PyPI's builds for Linux carry or fetch CUDA, several gigabytes; those for macOS do not.
+    build = label or ("cpu" if sys.platform == "linux" and not has_nvidia_gpu() else "")
+    if build:
+        say(f"installing torch {version}, build {build}")
+        if install_torch_build(f"torch=={version}+{build}", TORCH_INDEX.format(build)):
+            return
+        if label:
+            stop(f"torch {wanted} was not found, neither by pip as set up nor in PyTorch's index")
+        say("no CPU build of it within reach: taking PyPI's build with CUDA, a large download")
+    else:
+        say(f"installing torch {version}")
+    if not pip_install(f"torch=={version}"):
+        stop(f"torch {version} could not be installed")
+
+
+def install_torch_build(requirement, index):
+    """Installs one build of torch from where pip looks anyway, or from PyTorch's index."""
+    # torch alone; what it depends on comes with the project, from the usual places. The first try
+    # is silent, because on most machines it only finds out that PyPI does not have this build.
+    arguments = ["--no-deps", "--only-binary", "torch", requirement]
+    if succeeds([str(VENV_PYTHON), "-m", "pip", "install", "--retries", "1", *arguments]):
+        return True
+    # Few retries: where the index cannot be reached, waiting does not help.
+    return pip_install("--index-url", index, "--retries", "1", "--timeout", "15", *arguments)
+
+
+def install_project():
+    """Installs this checkout, editable, with all it can use and what its tests need."""
+    say("installing the project and its test tools")
+    # Naming torch once more keeps pip from choosing another version.
+    if not pip_install("--editable", f"{ROOT}[all,test]", f"torch=={installed_torch()}"):
+        stop("the project could not be installed; see pip's message above")
+
+
+def main():
+    use_supported_python()
+    state = wanted_state()
+    if read(STAMP) == state and read(CREATED) == created_as():
+        return
+    create_venv()
+    install_torch()
+    install_project()
+    subprocess.run([str(VENV_PYTHON), "-m", "nova_kernels"], check=True)
+    STAMP.write_text(state)
+
+
+if __name__ == "__main__":
+    main()

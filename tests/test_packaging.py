@@ -1,0 +1,189 @@
+"""What is built and shipped, with and without a CUDA compiler. Needs no network and no GPU.
+
+Every build runs in a copy, with this environment's own build tools.
+"""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("nova", "nova_kernels")
+# Enough for a build; a copy of these is a checkout as far as packaging is concerned.
+SOURCES = (*PACKAGES, "csrc", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml")
+SOURCES += ("setup.py", "README.md")
+
+needs_nvcc = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("cmake")), reason="needs nvcc and cmake"
+)
+
+
+def run(*command, cwd, **environment):
+    """Runs this Python with arguments; variables given as None are unset."""
+    variables = {**os.environ, "NOVA_CUDA_ARCHS": "80-real", **environment}
+    variables = {name: value for name, value in variables.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def build_wheel(source, out, **environment):
+    """The finished process, and the wheel's path (None if there is none)."""
+    pip = ("-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
+    process = run(*pip, "--wheel-dir", out, source, cwd=source, **environment)
+    return process, next(out.glob("*.whl"), None)
+
+
+@pytest.fixture
+def no_nvcc(tmp_path):
+    """Environment variables under which no nvcc can be found."""
+    empty = tmp_path / "empty-path"
+    empty.mkdir()
+    return {"PATH": str(empty), "CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A fresh copy of the files that a build reads."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def test_setup_py_imports_no_torch():
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert "setuptools" in imported
+    assert not imported & {"torch", "triton", "nova", "nova_kernels"}
+
+
+def test_importing_nova_kernels_imports_neither_torch_nor_triton():
+    code = (
+        "import sys, nova_kernels, nova_kernels.build_info as module;"
+        "module.build_info(); module.devices();"
+        "print(sorted({'torch', 'triton'} & set(sys.modules)))"
+    )
+    process = run("-c", code, cwd=ROOT)
+    assert process.stdout.strip() == "[]"
+
+
+def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_nvcc):
+    # A binary of this machine must go into neither.
+    (checkout / "nova_kernels" / "_cuda.leftover.so").write_bytes(b"")
+    build_sdist = ("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path / "dist")
+    process = run(*build_sdist, cwd=checkout, **no_nvcc)
+    assert process.returncode == 0, process.stdout
+    (sdist,) = (tmp_path / "dist").glob("nova_kernels-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    modules = {
+        str(path.relative_to(checkout))
+        for package in PACKAGES
+        for path in (checkout / package).rglob("*.py")
+    }
+    assert sources | modules | {"CMakeLists.txt", "LICENSE", "setup.py"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    process, wheel = build_wheel(unpacked, tmp_path, NOVA_CUDA="0", **no_nvcc)
+    assert process.returncode == 0, process.stdout
+    assert "built without the CUDA extension: NOVA_CUDA=0" in process.stdout
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert modules <= names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_auto_without_nvcc_is_pure_python(checkout, tmp_path, no_nvcc):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="auto", **no_nvcc)
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("built without the CUDA extension: no nvcc in") == 1
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_strict_without_nvcc_fails_and_says_why(checkout, tmp_path, no_nvcc):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1", **no_nvcc)
+    assert process.returncode != 0 and wheel is None
+    assert "NOVA_CUDA=1, but the CUDA extension failed: no nvcc in CUDACXX" in process.stdout
+
+
+def test_unknown_mode_is_refused(checkout, tmp_path):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="yes")
+    assert process.returncode != 0 and wheel is None
+    assert "NOVA_CUDA must be auto, 1 or 0, not 'yes'" in process.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the broken compiler is a shell script")
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_broken_nvcc(checkout, tmp_path, mode):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA=mode, CUDACXX=str(broken))
+    if mode == "1":
+        assert process.returncode != 0 and wheel is None
+        assert "NOVA_CUDA=1, but the CUDA extension failed: " in process.stdout
+    else:
+        assert process.returncode == 0, process.stdout
+        assert process.stdout.count("WARNING: installing without the CUDA extension") == 1
+        assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@needs_nvcc
+def test_cuda_wheel(checkout, tmp_path):
+    """The extension is in the wheel, and loads on a machine without a driver."""
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1")
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("built the CUDA extension") == 1
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = "from nova_kernels.build_info import build_info, devices; print(build_info(), devices())"
+    process = run("-c", code, cwd=installed, PYTHONPATH=str(installed), CUDA_VISIBLE_DEVICES="")
+    assert "'cuda_extension': True, 'error': None" in process.stdout, process.stdout
+    assert "'architectures': ['80-real']" in process.stdout
+    assert process.stdout.endswith("[]\n")
+
+
+@needs_nvcc
+def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_path):
+    hook = f"from setuptools.build_meta import build_editable as build; build({str(tmp_path)!r})"
+    process = run("-c", hook, cwd=checkout, NOVA_CUDA="1")
+    assert process.returncode == 0, process.stdout
+    (module,) = (checkout / "nova_kernels").glob("_cuda*.so")
+
+    # A later install without it takes it away: an old module must not pass for the new source's.
+    (checkout / "csrc" / "binding.cpp").write_text("#error broken on purpose\n")
+    process = run("-c", hook, cwd=checkout, NOVA_CUDA="auto")
+    assert process.returncode == 0, process.stdout
+    assert "WARNING: installing without the CUDA extension" in process.stdout
+    assert not module.exists()
+
+    module.write_bytes(b"")
+    process = run("-c", hook, cwd=checkout, NOVA_CUDA="0")
+    assert process.returncode == 0, process.stdout
+    assert not module.exists()
