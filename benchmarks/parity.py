@@ -1,0 +1,211 @@
+"""Compare this package with recorded outputs of the reference.
+
+    python benchmarks/parity.py tests/data/golden
+
+Runs every case below the folder (case.json + vectors.safetensors, weights beside them) in float32
+on the CPU and prints the relative error of each recorded output. Exits with 1 if one exceeds 1e-4,
+or if a case cannot be run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import relative_error
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nova.checkpoint import load_strict
+from nova.conditioning import Conditioning
+from nova.config import ModelConfig
+from nova.errors import NovaError
+from nova.guidance import Guidance
+from nova.model import NULL_CLASS, NOVATransformer
+from nova.noise import NoiseSource
+from nova.objective import TrainingDraws, training_losses
+from nova.sampling import generate_frames
+from nova.schedule import scheduler_from_dict, set_sizes
+from nova.vae import CausalVideoVAE, VAEConfig
+
+TOLERANCE = 1e-4
+# Options of a recorded call that this script passes on; any other makes a case unsupported.
+GUIDANCE_OPTIONS = {
+    "guidance_scale": "scale",
+    "min_guidance_scale": "min_scale",
+    "guidance_trunc": "trunc",
+    "guidance_renorm": "renorm",
+    "image_guidance_scale": "image_scale",
+}
+OTHER_OPTIONS = {
+    "num_inference_steps",
+    "num_diffusion_steps",
+    "max_latent_length",
+    "motion_flow",
+    "flow_shift",
+    "seed",
+}
+
+Case = dict[str, Any]
+Vectors = dict[str, Tensor]
+
+
+class Unsupported(Exception):
+    """A case of a kind, or with an option, that this script does not know."""
+
+
+def load_model(case: Case, weights: Path) -> NOVATransformer:
+    model = NOVATransformer(ModelConfig.from_dict(case["config"]))
+    _load(model, weights)
+    return model
+
+
+def _load(module: nn.Module, weights: Path) -> None:
+    load_strict(module, {k: v.float() for k, v in load_file(weights).items()}, str(weights))
+
+
+def sampling_outputs(
+    case: Case, vectors: Vectors, weights: Path, sampler: Callable = generate_frames
+) -> Vectors:
+    """Run a recorded sampling call; `sampler` may be `generate_frames_plain`."""
+    call = case["call"]
+    unknown = set(call) - set(GUIDANCE_OPTIONS) - OTHER_OPTIONS
+    if unknown:
+        raise Unsupported(f"options {sorted(unknown)}")
+    model = load_model(case, weights).requires_grad_(False)
+    guidance = Guidance(
+        **{name: call[key] for key, name in GUIDANCE_OPTIONS.items() if key in call}
+    )
+    if "in.labels" in vectors:
+        labels = vectors["in.labels"]
+        nulls = torch.full_like(labels, NULL_CLASS)
+        conditioning = Conditioning.from_labels(model, labels, nulls, guidance)
+    else:
+        prompts = vectors["in.prompt_embeds"]
+        flow = call["motion_flow"]
+        conditioning = Conditioning.from_text(model, prompts, None, guidance, motion_flow=flow)
+    given = vectors.get("in.prefill_latents")
+    given = None if given is None else given[:, :, None]
+    generator = torch.Generator().manual_seed(call["seed"])
+    frames = sampler(
+        model,
+        conditioning,
+        num_frames=call["max_latent_length"],
+        set_sizes=set_sizes(model.config.num_image_tokens, call["num_inference_steps"]),
+        schedule=scheduler_from_dict(case["scheduler"]).schedule(
+            call["num_diffusion_steps"], call.get("flow_shift")
+        ),
+        guidance=guidance,
+        noise=NoiseSource(generator, case["batch"], dtype=model.dtype, device=model.device),
+        given_latents=given,
+    )
+    new = torch.stack(list(frames), dim=2)
+    return {"out.latents": new if given is None else torch.cat([given, new], dim=2)}
+
+
+def training_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
+    """Losses and gradients of a recorded training step."""
+    model = load_model(case, weights)
+    conditioning = Conditioning.from_text(
+        model,
+        vectors["in.prompt_embeds"],
+        None,
+        Guidance(scale=1.0),
+        motion_flow=case["motion_flow"],
+        fps=case["fps"],
+    )
+    latents = vectors["in.latents"]
+    draws = TrainingDraws(
+        visible=vectors["draw.prev_ids"][..., 0],
+        noise=vectors["draw.noise"],
+        timestep_index=vectors["draw.timestep_index"],
+    )
+    losses = training_losses(
+        model,
+        latents if latents.dim() == 5 else latents[:, :, None],
+        conditioning.tokens,
+        draws,
+        scheduler_from_dict(case["noise_scheduler"], kind="noise"),
+    )
+    sum(losses.values()).backward()
+    outputs = {f"out.{name}": loss.reshape(1) for name, loss in losses.items()}
+    for key in vectors:
+        if key.startswith("grad."):
+            outputs[key] = model.get_parameter(key.removeprefix("grad.")).grad
+    return outputs
+
+
+@torch.no_grad()
+def vae_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
+    """Encode and decode what was recorded."""
+    vae = CausalVideoVAE(VAEConfig.from_dict(case["config"])).eval()
+    _load(vae, weights)
+    outputs = {}
+    for key, x in vectors.items():
+        name = key.removeprefix("in.")
+        if key.startswith("in.z"):
+            # in.z3 -> out.decode3, in.z_image -> out.decode_image
+            outputs[f"out.decode{name[1:]}"] = vae.decode(vae.scale(x))
+        elif key.startswith("in."):
+            outputs[f"out.{name}_mean"], outputs[f"out.{name}_logvar"] = vae.encode_moments(x)
+    return outputs
+
+
+def run_case(folder: Path) -> dict[str, float]:
+    """Relative error of every recorded output of a case.
+
+    Raises:
+        Unsupported, NovaError: the case cannot be run.
+    """
+    case = json.loads((folder / "case.json").read_text())
+    vectors = load_file(folder / "vectors.safetensors")
+    weights = folder.parent / case.get("weights", f"weights/{folder.name}.safetensors")
+    if "call" in case:
+        outputs = sampling_outputs(case, vectors, weights)
+    elif "losses" in case:
+        outputs = training_outputs(case, vectors, weights)
+    elif "down_block_types" in case.get("config", {}):
+        outputs = vae_outputs(case, vectors, weights)
+    else:
+        raise Unsupported("neither a sampling, a training, nor a VAE case")
+    recorded = [key for key in vectors if key.startswith(("out.", "grad."))]
+    missing = [key for key in recorded if key not in outputs]
+    if missing:
+        raise Unsupported(f"outputs {missing}")
+    if not recorded:
+        raise Unsupported("no recorded outputs")
+    return {key: relative_error(outputs[key], vectors[key]) for key in recorded}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    cases = sorted(path.parent for path in arguments.folder.glob("*/case.json"))
+    if not cases:
+        parser.error(f"{arguments.folder} has no cases (folders with a case.json)")
+    failed = 0
+    for folder in cases:
+        try:
+            errors = run_case(folder)
+        except (Unsupported, NovaError, OSError, KeyError) as error:
+            print(f"{folder.name:30} NOT SUPPORTED: {type(error).__name__}: {error}")
+            failed += 1
+            continue
+        worst = max(errors, key=lambda key: (errors[key] != errors[key], errors[key]))
+        passed = errors[worst] <= TOLERANCE
+        failed += not passed
+        print(
+            f"{folder.name:30} {'ok' if passed else 'FAILED':7} {errors[worst]:.2e}  "
+            f"(worst of {len(errors)}: {worst})",
+            flush=True,
+        )
+    print(f"{len(cases) - failed} of {len(cases)} cases within {TOLERANCE:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Classifier-free guidance: how many passes run, and how their predictions combine."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Settings of classifier-free guidance.
+
+    Attributes:
+        scale: g; above 1 the encoders run on [conditional, unconditional].
+        min_scale: g of the first autoregressive steps grows linearly from here; None: constant.
+        trunc: denoise steps with a timestep below run the conditional pass alone.
+        renorm: below 1, the guided prediction's norm is brought towards the conditional one's,
+            by a factor of at least this.
+        image_scale: above 0, a third pass [.., image]: no text, but the frames so far.
+    """
+
+    scale: float = 5.0
+    min_scale: float | None = None
+    trunc: float = 0.0
+    renorm: float = 1.0
+    image_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.image_scale < 0:
+            raise InputError(f"image_guidance_scale must be 0 or above, got {self.image_scale}")
+        if self.image_scale > 0 and self.scale <= 1:
+            raise InputError("image_guidance_scale needs a guidance_scale above 1")
+        if self.renorm < 0:
+            raise InputError(f"guidance_renorm must be 0 or above, got {self.renorm}")
+
+    @property
+    def passes(self) -> int:
+        """Encoder passes: 1, 2 or 3."""
+        if self.scale <= 1:
+            return 1
+        return 3 if self.image_scale > 0 else 2
+
+    @property
+    def renormalises(self) -> bool:
+        return self.passes > 1 and self.renorm < 1
+
+    def scale_at(self, step: int, num_steps: int) -> float:
+        """g of autoregressive step `step` of `num_steps`."""
+        if self.min_scale is None:
+            return self.scale
+        return self.min_scale + (self.scale - self.min_scale) * (step + 1) / num_steps
+
+    def guided_steps(self, timesteps: tuple[float, ...]) -> int:
+        """How many denoise steps, from the first on, run all passes."""
+        if self.passes == 1:
+            return 0
+        below = (i for i, t in enumerate(timesteps) if t < self.trunc)
+        return next(below, len(timesteps))
+
+    def weights(self, scale: float) -> tuple[float, ...]:
+        """Weights of the passes in the guided prediction; with renorm, before the factor."""
+        if self.passes == 2:
+            return scale, 1 - scale
+        return scale, 1 - self.image_scale, self.image_scale - scale
+
+
+def guided_with_renorm(
+    predictions: Tensor, outside: Tensor, guidance: Guidance, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Combine predictions with guidance renormalisation.
+
+    The norms run over whole frames: outside the set, every pass "predicts" the noisy tokens
+    themselves, so their guided prediction is those tokens too and only its squared norm counts.
+
+    Args:
+        predictions: (passes, B, n, token_dim) of the set's tokens.
+        outside: (B,) squared norm of the noisy tokens outside the set.
+        scale: guidance scale of this step.
+
+    Returns:
+        The guided prediction (B, n, token_dim), and the factor (B,) that multiplied the prediction
+        outside the set.
+    """
+    cond, uncond = predictions[0], predictions[1]
+    image = predictions[2] if guidance.passes == 3 else uncond
+    guided = uncond + scale * (cond - image)
+    factor = _norm(cond, outside) / _norm(guided, outside)
+    factor = factor.clamp(guidance.renorm, 1.0)
+    guided = guided * factor[:, None, None].to(guided.dtype)
+    if guidance.passes == 3:
+        guided = guided + guidance.image_scale * (image - uncond)
+    return guided, factor
+
+
+def _norm(x: Tensor, outside: Tensor) -> Tensor:
+    """Norm (B,) over a sample's values and those outside; float32, since squares overflow half."""
+    return torch.sqrt(x.float().square().sum(dim=(1, 2)) + outside)

@@ -1,0 +1,207 @@
+"""Building blocks of both encoders: attention with a cache, the post-norm block, patches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Rotary:
+    """Rotary table: cos and sin of shape (batch or 1, 1, tokens, head_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def from_angles(cls, angles: Tensor, dtype: torch.dtype) -> "Rotary":
+        """From angles (tokens, head_dim / 2) or (batch, tokens, head_dim / 2)."""
+        angles = angles if angles.dim() == 3 else angles[None]
+        return cls(angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None])
+
+    def slice(self, start: int, stop: int) -> "Rotary":
+        """The table of tokens start..stop-1."""
+        return Rotary(self.cos[:, :, start:stop], self.sin[:, :, start:stop])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate the pairs (2k, 2k + 1) of x (batch, heads, tokens, head_dim)."""
+        even, odd = x[..., 0::2], x[..., 1::2]
+        rotated = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
+        return torch.stack(rotated, dim=-1).flatten(-2)
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer, in buffers allocated once for a whole run.
+
+    Args:
+        max_length: tokens that will be appended in all.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (batch, heads, n, head_dim) keys and values; returns all of them so far."""
+        if self._keys is None or self._values is None:
+            batch, heads, _, head_dim = keys.shape
+            self._keys = keys.new_empty(batch, heads, self.max_length, head_dim)
+            self._values = torch.empty_like(self._keys)
+        start, self.length = self.length, self.length + keys.shape[2]
+        self._keys[:, :, start : self.length] = keys
+        self._values[:, :, start : self.length] = values
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_lengths: list[int]) -> Tensor:
+    """Attention in which a query sees every block up to its own.
+
+    Args:
+        q: (batch, heads, n, head_dim) with n = sum(block_lengths).
+        k, v: (batch, heads, m, head_dim) with m >= n; the first m - n tokens (a cached prefix) are
+            seen by all queries.
+
+    Returns:
+        (batch, heads, n, head_dim).
+    """
+    prefix = k.shape[2] - q.shape[2]
+    outputs, start = [], 0
+    for length in block_lengths:
+        stop = start + length
+        visible = prefix + stop
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, :visible], v[:, :, :visible]
+            )
+        )
+        start = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; qkv output is laid out (3, heads, head_dim)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
+        block_lengths: list[int] | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """Attend from x (batch, tokens, dim) to itself and to what the cache holds.
+
+        Args:
+            block_lengths: attend block-causally (see `block_causal_attention`); None: everything.
+            rows: only these tokens ask (and are returned); all tokens still are keys and values.
+
+        Returns:
+            (batch, tokens or rows, dim).
+        """
+        if rows is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            dim = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            (q,) = self._heads(F.linear(x[:, rows], weight[:dim], bias[:dim]), 1)
+            k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]), 2)
+        if rotary is not None:
+            q_rotary = rotary if rows is None else rotary.slice(rows.start, rows.stop)
+            q, k = q_rotary.apply(q), rotary.apply(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if block_lengths is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = block_causal_attention(q, k, v, block_lengths)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(batch, tokens, parts * dim) -> parts of (batch, heads, tokens, head_dim)."""
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(nn.Module):
+    """Two layers with the exact (erf) GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Transformer block with the residual added after the norm: x + norm(f(x))."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
+        block_lengths: list[int] | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """x (batch, tokens, dim) -> the same, or only its `rows`. See `Attention.forward`."""
+        attended = self.attn(x, rotary=rotary, cache=cache, block_lengths=block_lengths, rows=rows)
+        x = (x if rows is None else x[:, rows]) + self.norm1(attended)
+        return x + self.norm2(self.mlp(x))
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of square patches; the weight has the layout of a convolution."""
+
+    def __init__(self, image_dim: int, embed_dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(image_dim, embed_dim, patch_size, patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, tokens, embed_dim)."""
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+    def token_weight(self) -> Tensor:
+        """(embed_dim, token_dim): the weight for tokens as `patchify` lays them out."""
+        return self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """(..., token_dim) tokens of `patchify` -> (..., embed_dim)."""
+        return F.linear(tokens, self.token_weight(), self.proj.bias)
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(batch, channels, h, w) -> (batch, tokens, patch * patch * channels), tokens row-major.
+
+    Inside a token: row in the patch, column in the patch, channel.
+    """
+    batch, channels, height, width = latents.shape
+    p = patch_size
+    x = latents.reshape(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, latent_size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for latents of `latent_size` (h, w)."""
+    height, width = latent_size
+    p = patch_size
+    x = tokens.reshape(tokens.shape[0], height // p, width // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height, width)

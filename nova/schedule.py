@@ -1,0 +1,255 @@
+"""Set sizes of the autoregressive steps, and diffusion schedulers as a table of numbers a step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, InputError
+
+
+def set_sizes(num_tokens: int, num_steps: int) -> list[int]:
+    """Tokens revealed by every autoregressive step: a cosine schedule; empty steps are left out.
+
+    `num_steps` may exceed `num_tokens`.
+    """
+    if num_steps < 1:
+        raise InputError(f"num_inference_steps must be at least 1, got {num_steps}")
+    masked = [round(math.cos(0.5 * math.pi * i / num_steps) * num_tokens) for i in range(num_steps)]
+    masked.append(0)
+    sizes = [before - after for before, after in zip(masked, masked[1:], strict=False)]
+    return [size for size in sizes if size > 0]
+
+
+@dataclass(frozen=True)
+class DiffusionSchedule:
+    """x <- sample[d] * x + prediction[d] * prediction + noise[d] * normal noise, d = 0..D-1.
+
+    `timesteps` (D,) are what the diffusion MLP is told, in 0..1000 and descending.
+    """
+
+    timesteps: tuple[float, ...]
+    sample: tuple[float, ...]
+    prediction: tuple[float, ...]
+    noise: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no step adds noise, as in flow matching."""
+        return not any(self.noise)
+
+
+@dataclass(frozen=True)
+class FlowMatchConfig:
+    """Flow matching, Euler steps. `shift` s maps sigma to s sigma / (1 + (s - 1) sigma)."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+
+    def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
+        """The table of `num_steps` steps; `shift` replaces the config's for sampling only."""
+        _check_steps(num_steps)
+        shift = self.shift if shift is None else shift
+        if not shift > 0:
+            raise InputError(f"flow_shift must be positive, got {shift}")
+        # The ends of the training table carry the config's own shift already.
+        first, last = (_shifted(s, self.shift) for s in (1.0, 1.0 / self.num_train_timesteps))
+        span = (last - first) / max(num_steps - 1, 1)
+        sigmas = [_shifted(first + span * i, shift) for i in range(num_steps)]
+        steps = [b - a for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)]
+        return DiffusionSchedule(
+            # float32, as the reference has them: guidance_trunc compares with these.
+            timesteps=tuple((torch.tensor(sigmas) * self.num_train_timesteps).tolist()),
+            sample=(1.0,) * num_steps,
+            prediction=tuple(steps),
+            noise=(0.0,) * num_steps,
+        )
+
+    def training_tables(self) -> tuple[Tensor, Tensor]:
+        """Timestep and sigma (num_train_timesteps,) float32, descending, as training draws them."""
+        grid = torch.arange(self.num_train_timesteps, 0, -1) / self.num_train_timesteps
+        sigmas = _shifted(grid, self.shift)
+        return sigmas * self.num_train_timesteps, sigmas
+
+
+def _shifted(sigma, shift: float):
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclass(frozen=True)
+class DDPMConfig:
+    """DDPM (Ho et al., arXiv 2006.11239), with the options that diffusers' DDPMScheduler has.
+
+    Samples are never clipped.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    trained_betas: tuple[float, ...] | None = field(default=None, repr=False)
+
+    CHOICES = {
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+        "timestep_spacing": ("leading", "linspace", "trailing"),
+    }
+
+    def __post_init__(self) -> None:
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"scheduler config: {name} must be one of {choices}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    def alphas_cumprod(self) -> Tensor:
+        """(num_train_timesteps,) float32 product of 1 - beta."""
+        return torch.cumprod(1.0 - self._betas(), dim=0)
+
+    def _betas(self) -> Tensor:
+        count, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
+        if self.trained_betas is not None:
+            return torch.tensor(self.trained_betas, dtype=torch.float32)
+        if self.beta_schedule == "linear":
+            return torch.linspace(start, end, count)
+        if self.beta_schedule == "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, count) ** 2
+        if self.beta_schedule == "sigmoid":
+            return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+        # Cosine schedule of Nichol & Dhariwal (arXiv 2102.09672), betas capped at 0.999.
+        bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)])
+
+    def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
+        """The table of `num_steps` steps.
+
+        Raises:
+            InputError: more steps than training timesteps, or a flow shift.
+        """
+        _check_steps(num_steps)
+        if shift is not None:
+            raise InputError("flow_shift is for flow matching; this checkpoint samples with DDPM")
+        if num_steps > self.num_train_timesteps:
+            raise InputError(
+                f"num_diffusion_steps must be at most {self.num_train_timesteps}, got {num_steps}"
+            )
+        alphas = self.alphas_cumprod().tolist()
+        timesteps = self._timesteps(num_steps)
+        stride = self.num_train_timesteps // num_steps
+        rows = [
+            self._step(t, alphas[t], alphas[t - stride] if t >= stride else 1.0) for t in timesteps
+        ]
+        sample, prediction, noise = zip(*rows, strict=True)
+        return DiffusionSchedule(tuple(float(t) for t in timesteps), sample, prediction, noise)
+
+    def _timesteps(self, num_steps: int) -> list[int]:
+        count = self.num_train_timesteps
+        if self.timestep_spacing == "leading":
+            times = [i * (count // num_steps) + self.steps_offset for i in range(num_steps)][::-1]
+        elif self.timestep_spacing == "linspace":
+            times = [round((count - 1) * i / max(num_steps - 1, 1)) for i in range(num_steps)][::-1]
+        else:
+            times = [round(count - i * count / num_steps) - 1 for i in range(num_steps)]
+        return [min(t, count - 1) for t in times]
+
+    def _step(self, t: int, bar: float, bar_before: float) -> tuple[float, float, float]:
+        """(sample, prediction, noise) of the step from time t; formulas (6), (7) of DDPM."""
+        alpha = bar / bar_before
+        beta = 1 - alpha
+        clean = bar_before**0.5 * beta / (1 - bar)
+        current = alpha**0.5 * (1 - bar_before) / (1 - bar)
+        # The clean sample is from_sample * x + from_prediction * prediction.
+        from_sample, from_prediction = {
+            "epsilon": (bar**-0.5, -(((1 - bar) / bar) ** 0.5)),
+            "sample": (0.0, 1.0),
+            "v_prediction": (bar**0.5, -((1 - bar) ** 0.5)),
+        }[self.prediction_type]
+        variance = max((1 - bar_before) / (1 - bar) * beta, 1e-20)
+        if self.variance_type == "fixed_large":
+            variance = beta
+        noise = variance**0.5 if t > 0 else 0.0
+        return current + clean * from_sample, clean * from_prediction, noise
+
+
+SchedulerConfig = FlowMatchConfig | DDPMConfig
+
+_CLASSES: dict[str, type] = {
+    "FlowMatchEulerDiscreteScheduler": FlowMatchConfig,
+    "DDPMScheduler": DDPMConfig,
+}
+# Keys that diffusers writes; a value other than the one here would change the result.
+_FIXED_VALUES: dict[str, tuple] = {
+    "use_dynamic_shifting": (False, None),
+    "thresholding": (False, None),
+    "rescale_betas_zero_snr": (False, 0, None),
+    "invert_sigmas": (False, None),
+    "shift_terminal": (None,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "stochastic_sampling": (False, None),
+}
+_IGNORED_KEYS = {
+    "clip_sample",  # NOVA never clips, whatever the file says
+    "clip_sample_range",
+    "sample_max_value",
+    "dynamic_thresholding_ratio",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+}
+
+
+def scheduler_from_dict(config: Mapping[str, Any], kind: str = "sample") -> SchedulerConfig:
+    """Read scheduler/scheduler_config.json.
+
+    Args:
+        kind: "sample" or "noise": the reference names a class for sampling and one for training.
+
+    Raises:
+        ConfigError: unknown class, key or value.
+    """
+    name = config.get(f"_{kind}_class_name") or config.get("_class_name") or config.get("class")
+    if name not in _CLASSES:
+        raise ConfigError(f"scheduler class must be one of {sorted(_CLASSES)}, got {name!r}")
+    scheduler_class = _CLASSES[name]
+    fields = set(scheduler_class.__dataclass_fields__)
+    others = set().union(*(set(c.__dataclass_fields__) for c in _CLASSES.values())) - fields
+    values = {}
+    for key, value in config.items():
+        if key.startswith("_") or key == "class" or key in _IGNORED_KEYS or key in others:
+            continue
+        if key in _FIXED_VALUES:
+            if value not in _FIXED_VALUES[key]:
+                raise ConfigError(f"scheduler config: {key}={value!r} is not supported by NOVA")
+        elif key not in fields:
+            raise ConfigError(f"scheduler config has an unknown key {key!r} for {name}")
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    return scheduler_class(**values)
+
+
+def scheduler_to_dict(config: SchedulerConfig) -> dict[str, Any]:
+    """scheduler_config.json of one scheduler that serves sampling and training."""
+    name = next(name for name, cls in _CLASSES.items() if isinstance(config, cls))
+    classes = {"_class_name": name, "_sample_class_name": name, "_noise_class_name": name}
+    return {**classes, **vars(config)}
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise InputError(f"num_diffusion_steps must be at least 1, got {num_steps}")

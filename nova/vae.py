@@ -1,0 +1,250 @@
+"""The causal video VAE: pixels to latents and back, tile by tile in time, streaming."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .noise import Generators, NoiseSource
+from .vae_config import VAEConfig
+from .vae_framewise import decode_framewise, encode_framewise
+from .vae_layers import Decoder, Encoder
+from .vae_stream import StreamingDecoder
+from .vae_tiles import SpatialTiling, blend_tiles, time_tiles
+
+__all__ = ["CausalVideoVAE", "StreamingDecoder", "VAEConfig"]
+
+# Enough for the released model to keep all it can within 8 GB at 33 x 480 x 768 in float32,
+# weights and libraries included.
+DEFAULT_MEMORY_BUDGET = 6_000_000_000
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class CausalVideoVAE(nn.Module):
+    """Open-Sora-Plan's video autoencoder: 1 + 4n frames of 8h x 8w are 1 + n latents of h x w.
+
+    Videos are (B, 3, T, H, W) with values in [-1, 1], latents (B, C, t, h, w); images and their
+    latents are the same without the third axis. Inputs are moved to the module's device and dtype.
+
+    Time is cut into tiles that overlap by one latent, because GroupNorm sees a whole tile:
+    `tile_latents` is part of the result, and 5 is what the released model was trained for.
+
+    Without gradients, a tile whose plain forward pass would take more than `memory_budget` bytes
+    is computed frame by frame instead (see `vae_framewise`), with the same result to rounding.
+
+    Args:
+        config: geometry.
+        tile_latents: latent frames of a tile, at least 2.
+        memory_budget: bytes that hidden tensors may take, None for no limit. It is a goal: a few
+            frames of every layer must fit in any case, and weights are not counted.
+
+    Raises:
+        InputError: `tile_latents` below 2.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        tile_latents: int = 5,
+        memory_budget: int | None = DEFAULT_MEMORY_BUDGET,
+    ):
+        super().__init__()
+        if tile_latents < 2:
+            raise InputError(f"tile_latents must be at least 2, got {tile_latents}")
+        self.config = config
+        self.tile_latents = tile_latents
+        self.memory_budget = memory_budget
+        self.tiling: SpatialTiling | None = None
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        # The 1x1 convolutions around the latents have the kind of the decoder's.
+        conv, channels = type(self.decoder.conv_in), config.latent_channels
+        self.quant_conv = (
+            conv(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
+        )
+        self.post_quant_conv = (
+            conv(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.conv_in.weight.device
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents to the ones that a model is trained on."""
+        return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+    def enable_tiling(
+        self, tile_size: int | tuple[int, int] = 256, overlap: int | tuple[int, int] = 64
+    ) -> None:
+        """Cut frames into overlapping tiles, blended linearly, for the least memory.
+
+        An approximation: GroupNorm and attention then see a tile in place of the whole frame, so
+        brightness and texture may differ a little from tile to tile. Frames of up to one tile are
+        unaffected.
+
+        Args:
+            tile_size, overlap: pixels, one number or (height, width), multiples of 8.
+
+        Raises:
+            InputError: sizes that are no multiples, or an overlap of more than half a tile.
+        """
+        self.tiling = SpatialTiling.from_pixels(tile_size, overlap, self.config.spatial_factor)
+
+    def disable_tiling(self) -> None:
+        """Whole frames again: the exact result."""
+        self.tiling = None
+
+    def encode_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, neither scaled.
+
+        Args:
+            pixels: (B, 3, T, H, W) with T = 1 + 4n, or (B, 3, H, W); H and W multiples of 8.
+
+        Returns:
+            Two float32 tensors (B, C, 1 + n, H / 8, W / 8), or without the third axis for images.
+            The log-variance is clamped to [-30, 20].
+
+        Raises:
+            InputError: other shapes; the message names the nearest lengths that are possible.
+        """
+        video = self._as_video(pixels, self.config.in_channels, "pixels")
+        self._check_pixels(video)
+        tile_frames = 1 + self.config.temporal_factor * (self.tile_latents - 1)
+        tiles = []
+        for start, stop in time_tiles(video.shape[2], tile_frames):
+            features = self._encode_tile(video[:, :, start:stop])
+            tiles.append(features if start == 0 else features[:, :, 1:])
+        moments = torch.cat(tiles, dim=2).float()
+        mean, logvar = (moments if pixels.dim() == 5 else moments[:, :, 0]).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def encode(self, pixels: Tensor, generator: Generators = None, sample: bool = True) -> Tensor:
+        """Latents of a video or an image, scaled.
+
+        Args:
+            pixels: as for `encode_moments`.
+            generator: for the noise, one or a list of one per sample, on any device.
+            sample: draw from the posterior; False gives its mean.
+
+        Returns:
+            (B, C, 1 + n, H / 8, W / 8), or without the third axis, in the module's dtype.
+        """
+        mean, logvar = self.encode_moments(pixels)
+        latents = sample_latents(mean, logvar, generator) if sample else mean
+        return self.scale(latents).to(self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of scaled latents.
+
+        Args:
+            latents: (B, C, t, h, w), any t, or (B, C, h, w).
+
+        Returns:
+            (B, 3, 1 + 4 (t - 1), 8h, 8w) or (B, 3, 8h, 8w), in the module's dtype; nominally
+            in [-1, 1], not clamped.
+
+        Raises:
+            InputError: other shapes.
+        """
+        return self.decode_unscaled(self.unscale(latents))
+
+    def decode_unscaled(self, latents: Tensor) -> Tensor:
+        """`decode` for the VAE's own latents, such as the mean that `encode_moments` gives."""
+        video = self._as_video(latents, self.config.latent_channels, "latents")
+        stream = self._stream(self._decode_tile)
+        pixels = torch.cat([stream.push(video), stream.finish()], dim=2)
+        return pixels if latents.dim() == 5 else pixels[:, :, 0]
+
+    def stream(self) -> StreamingDecoder:
+        """Decode scaled latents as they come: the same pixels as `decode`, tile after tile."""
+        return self._stream(lambda tile: self._decode_tile(self.unscale(tile)))
+
+    def _stream(self, decode_tile: Callable[[Tensor], Tensor]) -> StreamingDecoder:
+        return StreamingDecoder(
+            decode_tile,
+            self.tile_latents,
+            in_channels=self.config.latent_channels,
+            out_channels=self.config.out_channels,
+            spatial_factor=self.config.spatial_factor,
+        )
+
+    def _encode_tile(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.device, self.dtype)
+        factor = self.config.spatial_factor
+        height, width = pixels.shape[3] // factor, pixels.shape[4] // factor
+        if self.tiling is None or self.tiling.covers(height, width):
+            return self._encode_frames(pixels)
+        return blend_tiles(pixels, self._encode_frames, self.tiling, factor, 1)
+
+    def _encode_frames(self, pixels: Tensor) -> Tensor:
+        if self._exceeds_budget(pixels[:, 0].numel() * self.config.block_out_channels[0]):
+            return self.quant_conv(encode_framewise(self.encoder, pixels))
+        return self.quant_conv(self.encoder(pixels))
+
+    def _decode_tile(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.device, self.dtype)
+        if self.tiling is None or self.tiling.covers(*latents.shape[3:]):
+            return self._decode_frames(latents)
+        return blend_tiles(latents, self._decode_frames, self.tiling, 1, self.config.spatial_factor)
+
+    def _decode_frames(self, latents: Tensor) -> Tensor:
+        config, (batch, _, length, height, width) = self.config, latents.shape
+        frames = 1 + config.temporal_factor * (length - 1)
+        pixels = batch * frames * height * width * config.spatial_factor**2
+        latents = self.post_quant_conv(latents)
+        # The last upsampler gives the channels of the level before.
+        if self._exceeds_budget(pixels * max(config.block_out_channels[:2])):
+            return decode_framewise(self.decoder, latents, self.memory_budget)
+        return self.decoder(latents)
+
+    def _exceeds_budget(self, largest_tensor: int) -> bool:
+        """Whether the plain forward pass, some four copies of its largest tensor, is too much."""
+        if torch.is_grad_enabled() or self.memory_budget is None:
+            return False
+        return 4 * largest_tensor * self.dtype.itemsize > self.memory_budget
+
+    def _check_pixels(self, video: Tensor) -> None:
+        frames, height, width = video.shape[2:]
+        factor, steps = self.config.spatial_factor, self.config.temporal_factor
+        if height % factor or width % factor:
+            nearest = [max(round(size / factor), 1) * factor for size in (height, width)]
+            raise InputError(
+                f"pixels are {height} x {width}; height and width must be multiples of {factor}, "
+                f"for example {nearest[0]} x {nearest[1]}"
+            )
+        if (frames - 1) % steps:
+            # Anything else would silently lose the last frames.
+            fewer = 1 + (frames - 1) // steps * steps
+            raise InputError(
+                f"{frames} frames do not fit the VAE, which takes 1 + {steps} n: cut the video to "
+                f"{fewer} or repeat frames up to {fewer + steps}"
+            )
+
+    @staticmethod
+    def _as_video(x: Tensor, channels: int, name: str) -> Tensor:
+        if x.dim() not in (4, 5) or x.shape[1] != channels or 0 in x.shape:
+            raise InputError(
+                f"{name} have shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, "
+                f"width) or (batch, {channels}, height, width)"
+            )
+        return x if x.dim() == 5 else x.unsqueeze(2)
+
+
+def sample_latents(mean: Tensor, logvar: Tensor, generator: Generators = None) -> Tensor:
+    """Draw from the normal distributions of `mean` and `logvar`, in their dtype.
+
+    Args:
+        generator: one, or a list of one per sample, on any device.
+    """
+    noise = NoiseSource(generator, mean.shape[0], dtype=mean.dtype, device=mean.device)
+    return mean + (0.5 * logvar).exp() * noise.normal(*mean.shape[1:])

@@ -1,0 +1,105 @@
+"""Decoding latents while they are still being generated."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+
+class StreamingDecoder:
+    """Decode latents as they come; the pieces, put together, equal decoding them at once.
+
+    GroupNorm sees a whole tile, so its frames are there when its last latent is. Tiles of two
+    latents give every new latent's frames at once, after the first two.
+
+    Args:
+        decode_tile: latents (B, C, n, h, w) of a tile to pixels (B, 3, T, H, W).
+        tile_latents: latents of a tile.
+        overlap: latents that a tile shares with the one before. As many frames are dropped at its
+            beginning: at most one, which stands for one frame.
+        in_channels, out_channels, spatial_factor: to check latents and to shape empty results.
+    """
+
+    def __init__(
+        self,
+        decode_tile: Callable[[Tensor], Tensor],
+        tile_latents: int,
+        overlap: int = 1,
+        *,
+        in_channels: int,
+        out_channels: int,
+        spatial_factor: int,
+    ):
+        self._decode_tile = decode_tile
+        self._tile_latents = tile_latents
+        self._overlap = overlap
+        self._in_channels = in_channels
+        self._out_channels = out_channels
+        self._spatial_factor = spatial_factor
+        self._pending: Tensor | None = None
+        self._started = False
+        self._finished = False
+
+    def push(self, latents: Tensor) -> Tensor:
+        """Add latents (B, C, n, h, w), any n.
+
+        Returns:
+            The frames finished by them, (B, 3, T, H, W), T = 0 if there are none yet.
+
+        Raises:
+            InputError: another shape than before, or a stream that is finished.
+        """
+        if self._finished:
+            raise InputError("this stream is finished; start a new one")
+        if latents.dim() != 5 or latents.shape[1] != self._in_channels:
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)}; expected (batch, "
+                f"{self._in_channels}, frames, height, width)"
+            )
+        if self._pending is None:
+            self._pending = latents
+        elif latents[:, :, :0].shape != self._pending[:, :, :0].shape:
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)} after {tuple(self._pending.shape)}; "
+                "only the number of frames may change"
+            )
+        else:
+            self._pending = torch.cat([self._pending, latents.to(self._pending)], dim=2)
+        finished = []
+        while self._pending.shape[2] >= self._tile_latents:
+            finished.append(self._next_tile())
+        return self._join(finished)
+
+    def finish(self) -> Tensor:
+        """Decode what is left in a last, shorter tile.
+
+        Returns:
+            (B, 3, T, H, W), T = 0 if nothing is left.
+
+        Raises:
+            InputError: nothing was pushed, or called twice.
+        """
+        if self._finished or self._pending is None:
+            raise InputError("this stream is finished" if self._finished else "nothing was pushed")
+        decoded = self._overlap if self._started else 0
+        rest = [self._next_tile()] if self._pending.shape[2] > decoded else []
+        self._finished = True
+        return self._join(rest)
+
+    def _next_tile(self) -> Tensor:
+        tile = self._pending[:, :, : self._tile_latents]
+        pixels = self._decode_tile(tile)
+        if self._started:
+            pixels = pixels[:, :, self._overlap :]
+        self._started = True
+        self._pending = self._pending[:, :, self._tile_latents - self._overlap :]
+        return pixels
+
+    def _join(self, pieces: list[Tensor]) -> Tensor:
+        if pieces:
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        batch, _, _, height, width = self._pending.shape
+        size = (height * self._spatial_factor, width * self._spatial_factor)
+        return self._pending.new_empty(batch, self._out_channels, 0, *size)

@@ -1,0 +1,48 @@
+"""Shared fixtures: small checkpoint folders, and skipping what needs a GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+# Small tensors gain nothing from threads, and threads that wait for each other on busy cores lose.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _tiny_folder(tmp_path_factory, size):
+    from make_tiny_checkpoint import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp(size) / "checkpoint", size)
+
+
+@pytest.fixture(scope="session")
+def tiny_video_folder(tmp_path_factory):
+    """Checkpoint folder of a text-to-video model. Copy it before damaging it."""
+    return _tiny_folder(tmp_path_factory, "tiny-video")
+
+
+@pytest.fixture(scope="session")
+def tiny_image_folder(tmp_path_factory):
+    """Checkpoint folder of a text-to-image model. Copy it before damaging it."""
+    return _tiny_folder(tmp_path_factory, "tiny-image")
+
+
+@pytest.fixture(scope="session")
+def tiny_class_folder(tmp_path_factory):
+    """Checkpoint folder of a class-to-image model. Copy it before damaging it."""
+    return _tiny_folder(tmp_path_factory, "tiny-class")

@@ -1,0 +1,75 @@
+"""Small random models and runs of the samplers, for the tests."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from nova.conditioning import Conditioning
+from nova.config import EncoderConfig, ModelConfig, named_config
+from nova.guidance import Guidance
+from nova.model import NOVATransformer
+from nova.noise import NoiseSource
+from nova.sampling import generate_frames
+from nova.schedule import FlowMatchConfig, set_sizes
+
+SMALL = replace(
+    named_config("tiny-video"),
+    image_size=(64, 64),
+    image_base_size=(4, 4),
+    video_base_size=(3, 2, 2),
+    video_encoder=EncoderConfig(2, 64, 2),
+    image_encoder=EncoderConfig(4, 64, 2),
+)
+SMALL_ROTARY = replace(SMALL, rotary_pos_embed=True, video_mixer_rank=None)
+SMALL_IMAGE = replace(SMALL, video_base_size=(1, 2, 2), video_mixer_rank=-1)
+
+
+def small_model(config: ModelConfig = SMALL, seed: int = 0) -> NOVATransformer:
+    """A random model whose layers all matter: norms and biases are random too."""
+    torch.manual_seed(seed)
+    model = NOVATransformer(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for token in (model.mask_embed.bos_token, model.mask_embed.mask_token):
+        token.normal_()
+    return model
+
+
+def small_prompts(config: ModelConfig, batch: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.text_token_len, config.text_token_dim, generator=generator)
+
+
+def sample(
+    model: NOVATransformer,
+    sampler: Callable = generate_frames,
+    *,
+    batch: int = 2,
+    num_frames: int = 3,
+    steps: int = 4,
+    schedule=None,
+    guidance: Guidance | None = None,
+    generator=None,
+    prompts: torch.Tensor | None = None,
+    **options,
+) -> torch.Tensor:
+    """Latents (B, channels, generated frames, h, w) of a small run, seed 0."""
+    guidance = Guidance(scale=3.0) if guidance is None else guidance
+    prompts = small_prompts(model.config, batch) if prompts is None else prompts
+    conditioning = Conditioning.from_text(
+        model, prompts.to(model.device, model.dtype), None, guidance
+    )
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    frames = sampler(
+        model,
+        conditioning,
+        num_frames=num_frames,
+        set_sizes=set_sizes(model.config.num_image_tokens, steps),
+        schedule=FlowMatchConfig().schedule(3) if schedule is None else schedule,
+        guidance=guidance,
+        noise=NoiseSource(generator, batch, dtype=model.dtype, device=model.device),
+        **options,
+    )
+    return torch.stack(list(frames), dim=2)

@@ -1,0 +1,133 @@
+"""Set sizes, and scheduler tables against diffusers' schedulers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nova.errors import ConfigError, InputError
+from nova.schedule import (
+    DDPMConfig,
+    FlowMatchConfig,
+    scheduler_from_dict,
+    scheduler_to_dict,
+    set_sizes,
+)
+
+
+@given(st.integers(1, 2000), st.integers(1, 3000))
+@settings(max_examples=200, deadline=None)
+def test_sets_cover_every_token_once(num_tokens, num_steps):
+    sizes = set_sizes(num_tokens, num_steps)
+    assert sum(sizes) == num_tokens
+    assert min(sizes) > 0 and len(sizes) <= num_steps
+
+
+def test_set_sizes_of_the_released_video_model():
+    sizes = set_sizes(1440, 64)
+    assert len(sizes) == 63 and min(sizes) == 2 and max(sizes) == 36
+
+
+def test_more_steps_than_tokens():
+    assert set_sizes(3, 10) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+@pytest.mark.parametrize("shift", [None, 3.0])
+def test_flow_matching_is_an_euler_integration_to_zero(steps, shift):
+    schedule = FlowMatchConfig().schedule(steps, shift)
+    first = 1.0 if steps == 1 else schedule.timesteps[0] / 1000
+    assert math.isclose(sum(schedule.prediction), -first, rel_tol=1e-6)
+    assert schedule.is_deterministic and set(schedule.sample) == {1.0}
+    assert list(schedule.timesteps) == sorted(schedule.timesteps, reverse=True)
+
+
+def test_config_shift_applies_to_both_tables():
+    """A shift in the config has moved the table's ends before the steps are laid out."""
+    shifted = FlowMatchConfig(shift=3.0)
+    schedule = shifted.schedule(10)
+    low = 3 * 0.001 / (1 + 2 * 0.001)
+    assert math.isclose(schedule.timesteps[-1], 1000 * 3 * low / (1 + 2 * low), rel_tol=1e-5)
+    timesteps, sigmas = shifted.training_tables()
+    torch.testing.assert_close(sigmas[-1].item(), low)
+    torch.testing.assert_close(timesteps, 1000 * sigmas)
+
+
+OPTIONS = [
+    {"beta_schedule": schedule, "prediction_type": prediction}
+    for schedule in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+    for prediction in ("epsilon", "sample", "v_prediction")
+] + [
+    {"timestep_spacing": spacing, "variance_type": variance}
+    for spacing in ("leading", "linspace", "trailing")
+    for variance in ("fixed_small", "fixed_small_log", "fixed_large")
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("steps", [4, 25])
+def test_ddpm_table_equals_diffusers(options, steps, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDPMScheduler(clip_sample=False, **options)
+    reference.set_timesteps(steps)
+    # Newer diffusers step to the next timestep of the table; NOVA's scheduler steps by 1000 // D.
+    monkeypatch.setattr(reference, "previous_timestep", lambda t: t - 1000 // steps)
+    schedule = DDPMConfig(**options).schedule(steps)
+    assert list(schedule.timesteps) == [float(t) for t in reference.timesteps]
+    generator = torch.Generator().manual_seed(0)
+    for d, t in enumerate(reference.timesteps):
+        x, prediction = torch.randn(2, 1, 2, 8, 8, generator=generator)
+        torch.manual_seed(d)
+        expected = reference.step(prediction, t, x).prev_sample
+        torch.manual_seed(d)
+        noise = torch.randn(x.shape) if t > 0 else torch.zeros_like(x)
+        a, b, n = schedule.sample[d], schedule.prediction[d], schedule.noise[d]
+        torch.testing.assert_close(
+            a * x + b * prediction + n * noise, expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_ddpm_draws_no_noise_at_time_zero():
+    schedule = DDPMConfig().schedule(10)
+    assert schedule.noise[-1] == 0.0 and all(n > 0 for n in schedule.noise[:-1])
+
+
+@pytest.mark.parametrize("config", [FlowMatchConfig(shift=2.0), DDPMConfig(steps_offset=1)])
+def test_scheduler_files_round_trip(config):
+    assert scheduler_from_dict(scheduler_to_dict(config)) == config
+    assert scheduler_from_dict(scheduler_to_dict(config), kind="noise") == config
+
+
+def test_sampling_and_training_schedulers_may_differ():
+    config = {"_sample_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.5}
+    config.update(_noise_class_name="DDPMScheduler", beta_schedule="linear", clip_sample=True)
+    assert scheduler_from_dict(config) == FlowMatchConfig(shift=1.5)
+    assert scheduler_from_dict(config, kind="noise") == DDPMConfig()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"_class_name": "EulerDiscreteScheduler"}, "scheduler class"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "cubic"}, "beta_schedule"),
+        ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding"),
+        ({"_class_name": "DDPMScheduler", "variance": 1}, "unknown key"),
+    ],
+)
+def test_bad_scheduler_config(config, message):
+    with pytest.raises(ConfigError, match=message):
+        scheduler_from_dict(config)
+
+
+def test_bad_step_counts():
+    for call in (lambda: set_sizes(10, 0), lambda: FlowMatchConfig().schedule(0)):
+        with pytest.raises(InputError, match="at least 1"):
+            call()
+    with pytest.raises(InputError, match="at most 1000"):
+        DDPMConfig().schedule(1001)
+    with pytest.raises(InputError, match="flow_shift"):
+        DDPMConfig().schedule(10, shift=2.0)
+    with pytest.raises(InputError, match="positive"):
+        FlowMatchConfig().schedule(10, shift=0.0)
