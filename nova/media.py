@@ -1,0 +1,301 @@
+"""Images and videos on disk <-> uint8 arrays, RGB: frames are (T, H, W, 3), an image is (H, W, 3).
+
+Reading gives plain arrays or a `MediaError`. Writing is atomic: a file appears under its name
+only when it is complete. This is the module to import; the pieces live in `pixels`,
+`video_writer` and `contact_sheet`.
+"""
+
+import importlib
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .contact_sheet import compare_clips, contact_sheet, contact_sheet_path
+from .errors import InputError, MediaError
+from .media_libraries import accurate_conversion, require
+from .pixels import as_clip, fit, to_uint8
+from .video_writer import (
+    IMAGE_FORMATS,
+    OUTPUT_SUFFIXES,
+    VIDEO_SUFFIXES,
+    MediaWarning,
+    VideoWriter,
+    check_writable,
+    frame_rate,
+    part_path,
+)
+
+__all__ = [
+    "IMAGE_FORMATS",
+    "OUTPUT_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "MediaWarning",
+    "VideoWriter",
+    "check_writable",
+    "compare_clips",
+    "contact_sheet",
+    "contact_sheet_path",
+    "fit",
+    "read_image",
+    "read_video",
+    "save",
+    "to_uint8",
+    "write_image",
+    "write_video",
+]
+
+UNSPECIFIED_COLORSPACE = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED, which PyAV gives as a number
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8.
+
+    The EXIF orientation is applied, transparency is laid over white, and an animated file gives
+    its first frame.
+
+    Raises:
+        MediaError: the file is missing, no image, or damaged.
+    """
+    path = _existing_file(path)
+    image_module, image_ops = require("PIL.Image"), require("PIL.ImageOps")
+    try:
+        with image_module.open(path) as image:
+            return _rgb_image(image_ops.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
+        raise MediaError(
+            f"{path} cannot be read as an image: it is damaged, or not an image ({error})."
+        ) from error
+
+
+def _rgb_image(image: Any) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it
+        grey = (np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        return _over_white(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    return np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def read_video(
+    path: str | os.PathLike,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    start: float = 0.0,
+    last: bool = False,
+) -> tuple[np.ndarray, float]:
+    """Read a video file (mp4, mov, webm, mkv, avi, gif...).
+
+    Args:
+        path: the file.
+        fps: wanted frames a second; every instant takes the nearest frame of the file.
+            None keeps the file's frames as they are.
+        max_frames: at most so many frames; None for all.
+        start: seconds to skip at the beginning.
+        last: with max_frames, keep the last frames of the file and not the first.
+
+    Returns:
+        (frames, fps): uint8 (T, H, W, 3) with T >= 1, and the frame rate as a float. Rotation
+        that the file asks for is applied.
+
+    Raises:
+        MediaError: the file is missing, no video, damaged, truncated, or ends before `start`.
+        InputError: an argument is out of range.
+    """
+    if fps is not None:
+        frame_rate(fps)
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"max_frames is {max_frames}; it must be at least 1.")
+    if not (math.isfinite(start) and start >= 0):
+        raise InputError(f"start is {start}; it must be a number of seconds, 0 or more.")
+    path = _existing_file(path)
+    av = require("av")
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream, native_fps = _video_stream(container, path)
+            decoded = _decode(container, stream, native_fps, path)
+            if fps is None:
+                chosen = (frame for time, frame in decoded if time > start - 0.1 / native_fps)
+            else:
+                chosen = _nearest_frames(decoded, native_fps, fps, start)
+            frames = _collect(chosen, max_frames, last)
+    except (av.FFmpegError, OSError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(
+            f"{path} cannot be read as a video: it is damaged, truncated, or not a video "
+            f"({error.strerror})."
+        ) from error
+    if not frames:
+        raise MediaError(f"{path} has no frame at or after {start:g} s; choose a smaller start.")
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError(f"{path} changes its frame size midway; re-encode it at one size.")
+    return np.stack(frames), float(native_fps if fps is None else fps)
+
+
+def _video_stream(container: Any, path: Path) -> tuple[Any, float]:
+    """Return the first video stream and its frame rate, or raise MediaError."""
+    name = container.format.name
+    if name == "image2" or name.endswith("_pipe"):
+        raise MediaError(f"{path} is an image, not a video; read it with read_image.")
+    if not container.streams.video or name == "tty":  # FFmpeg draws text files as terminals
+        raise MediaError(f"{path} contains no video stream.")
+    stream = container.streams.video[0]
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise MediaError(f"{path} contains no video frames, or does not state its frame rate.")
+    stream.thread_type = "AUTO"
+    return stream, float(rate)
+
+
+def _decode(
+    container: Any, stream: Any, native_fps: float, path: Path
+) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds since the first frame, VideoFrame); MediaError if the file ends too early."""
+    first_time = None
+    count = 0
+    end = 0.0
+    for packet in container.demux():
+        if packet.is_corrupt:
+            raise MediaError(f"{path} is damaged or truncated after {count} frames.")
+        if packet.pts is not None and packet.time_base is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index != stream.index:
+            continue
+        for frame in packet.decode():
+            time = count / native_fps if frame.time is None else frame.time
+            if first_time is None:
+                first_time = time
+            yield time - first_time, frame
+            count += 1
+    if count == 0:
+        raise MediaError(f"{path} contains no video frames.")
+    # A demuxer may take a truncated file for a short one: only the header knows better.
+    if container.duration is not None:
+        stated = (container.duration + (container.start_time or 0)) / 1e6
+        if end < stated - 0.25:
+            raise MediaError(
+                f"{path} is truncated: it should last {stated:.2f} s and ends after {end:.2f} s."
+            )
+
+
+def _nearest_frames(
+    decoded: Iterable[tuple[float, Any]], native_fps: float, fps: float, start: float
+) -> Iterator[Any]:
+    """Yield, for each instant start + k / fps within the video, the frame nearest to it."""
+    k = 0
+    previous = None
+    previous_time = 0.0
+    rounding = 0.1 / native_fps  # time stamps of some containers are rounded to a millisecond
+    for time, frame in decoded:
+        middle = (previous_time + time) / 2
+        while previous is not None and start + k / fps < middle + rounding:
+            yield previous
+            k += 1
+        previous, previous_time = frame, time
+    end = previous_time + 1 / native_fps - rounding
+    while previous is not None and start + k / fps < end:
+        yield previous
+        k += 1
+
+
+def _collect(chosen: Iterable[Any], max_frames: int | None, last: bool) -> list[np.ndarray]:
+    """Convert the chosen frames to arrays, keeping the first or last max_frames."""
+    if last:
+        return [_frame_to_array(frame) for frame in deque(chosen, maxlen=max_frames)]
+    frames = []
+    for frame in chosen:
+        frames.append(_frame_to_array(frame))
+        if len(frames) == max_frames:
+            break
+    return frames
+
+
+def _frame_to_array(frame: Any) -> np.ndarray:
+    reformatter = importlib.import_module("av.video.reformatter")
+    options = {"interpolation": accurate_conversion(reformatter)}
+    # Files that do not name their matrix follow the custom: BT.709 in high definition, else 601.
+    if frame.colorspace == UNSPECIFIED_COLORSPACE:
+        standard = "ITU709" if frame.height >= 720 else "ITU601"
+        options["src_colorspace"] = reformatter.Colorspace[standard]
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = _over_white(frame.to_ndarray(format="rgba", **options))
+    else:
+        pixels = frame.to_ndarray(format="rgb24", **options)
+    # The display matrix gives a counter-clockwise angle, as rot90 does.
+    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))
+
+
+def _existing_file(path: str | os.PathLike) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise MediaError(f"{path} does not exist.")
+    if not path.is_file():
+        raise MediaError(f"{path} is not a file.")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes).")
+    return path
+
+
+def save(path: str | os.PathLike, frames: np.ndarray, fps: float | None = None) -> Path:
+    """Write frames in the format that the suffix names.
+
+    .mp4, .m4v, .mov: H.264. .gif: animation. .png, .jpg, .jpeg, .webp: one frame is written as
+    it is, several frames as a contact sheet.
+
+    Args:
+        path: output file; missing folders are created.
+        frames: uint8, (T, H, W, 3) or (H, W, 3).
+        fps: frames a second; needed for videos.
+
+    Returns:
+        The path written.
+
+    Raises:
+        MediaError: unknown suffix, or the file cannot be written.
+        InputError: frames or fps are unusable.
+    """
+    path = check_writable(path)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return write_video(path, frames, fps)
+    clip = as_clip(frames)
+    return write_image(path, clip[0] if len(clip) == 1 else contact_sheet(clip))
+
+
+def write_image(path: str | os.PathLike, image: np.ndarray) -> Path:
+    """Write one (H, W, 3) uint8 image as .png, .jpg, .jpeg or .webp; returns the path."""
+    path = check_writable(path, tuple(IMAGE_FORMATS))
+    clip = as_clip(image)
+    if len(clip) != 1:
+        raise InputError(f"write_image takes one image and was given {len(clip)}.")
+    picture = require("PIL.Image").fromarray(clip[0])
+    part = part_path(path)
+    try:
+        picture.save(part, format=IMAGE_FORMATS[path.suffix.lower()], quality=95)
+        os.replace(part, path)
+    except OSError as error:
+        raise MediaError(f"{path} cannot be written: {error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
+    """Write (T, H, W, 3) uint8 frames as H.264 (.mp4, .m4v, .mov) or .gif; returns the path.
+
+    See `VideoWriter` for the format and the errors.
+    """
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
+    return writer.path

@@ -1,0 +1,123 @@
+"""A tiny random language model and its tokenizer, for tests and the demo checkpoint.
+
+    python scripts/tiny_text_encoder.py FOLDER
+
+writes FOLDER/text_encoder and FOLDER/tokenizer, laid out as in a released checkpoint.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PhiConfig, PhiModel
+
+COLOURS = "red green blue yellow white orange purple pink grey black cyan magenta".split()
+SHAPES = "square circle triangle ball box star disc ring cross diamond".split()
+MOTIONS = (
+    "moves to the left",
+    "moves to the right",
+    "moves up",
+    "moves down",
+    "stands still",
+    "bounces",
+    "rotates slowly",
+    "rotates quickly",
+    "grows",
+    "shrinks",
+    "falls from the top to the bottom",
+    "moves in a circle",
+)
+END_OF_TEXT = "<|endoftext|>"
+
+
+def make_tiny_text_encoder(
+    folder, *, hidden_size=32, num_layers=2, num_heads=4, vocab_size=512, seed=0
+):
+    """Write a random Phi model and a byte-level BPE tokenizer trained on shapes that move.
+
+    Args:
+        folder: parent of the two new folders; created if missing.
+        hidden_size: width of the embeddings, a multiple of 4 * num_heads.
+        vocab_size: 257 (bytes and the end of text) up to what the sentences yield.
+        seed: of the weights; torch's global generator stays as it is.
+
+    Returns:
+        (text_encoder_dir, tokenizer_dir) as paths.
+    """
+    text_encoder_dir, tokenizer_dir = Path(folder, "text_encoder"), Path(folder, "tokenizer")
+    tokenizer = _train_tokenizer(vocab_size)
+    _save_tokenizer(tokenizer, tokenizer_dir)
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    config = PhiConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=512,
+        # Far above the usual 0.02: untrained, the tokens should still influence each other.
+        initializer_range=0.2,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = PhiModel(config)
+    model.save_pretrained(text_encoder_dir)
+    return text_encoder_dir, tokenizer_dir
+
+
+def _train_tokenizer(vocab_size):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sentences = [
+        f"{article} {colour} {shape} {motion} on a {background} background."
+        for article, colour, shape, motion, background in product(
+            ("a", "A", "The"), COLOURS, SHAPES, MOTIONS, ("white", "black")
+        )
+    ]
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer
+
+
+def _save_tokenizer(tokenizer, folder):
+    """Write the files of Phi-2's tokenizer; every version of transformers reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    config = {
+        "tokenizer_class": "CodeGenTokenizerFast",
+        "add_prefix_space": False,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a tiny random text encoder.")
+    parser.add_argument("folder", help="where text_encoder/ and tokenizer/ go")
+    parser.add_argument("--hidden-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for path in make_tiny_text_encoder(
+        options.folder, hidden_size=options.hidden_size, seed=options.seed
+    ):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
