@@ -89,8 +89,8 @@ class CausalVideoVAE(nn.Module):
         """Cut frames into overlapping tiles, blended linearly, for the least memory.
 
         An approximation: GroupNorm and attention then see a tile in place of the whole frame, so
-        brightness and texture may differ a little from tile to tile. Frames of up to one tile are
-        unaffected.
+        brightness and texture may differ from tile to tile, the more the smaller the tiles. Frames
+        of up to one tile are unaffected.
 
         Args:
             tile_size, overlap: pixels, one number or (height, width), multiples of 8.
@@ -174,9 +174,15 @@ class CausalVideoVAE(nn.Module):
             decode_tile,
             self.tile_latents,
             in_channels=self.config.latent_channels,
-            out_channels=self.config.out_channels,
-            spatial_factor=self.config.spatial_factor,
+            no_pixels=self._no_pixels,
         )
+
+    def _no_pixels(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, 0, H, W) of no frame, for latents (B, C, t, h, w)."""
+        batch, _, _, height, width = latents.shape
+        factor = self.config.spatial_factor
+        shape = (batch, self.config.out_channels, 0, height * factor, width * factor)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _encode_tile(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.device, self.dtype)

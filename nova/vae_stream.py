@@ -19,7 +19,8 @@ class StreamingDecoder:
         tile_latents: latents of a tile.
         overlap: latents that a tile shares with the one before. As many frames are dropped at its
             beginning: at most one, which stands for one frame.
-        in_channels, out_channels, spatial_factor: to check latents and to shape empty results.
+        in_channels: C.
+        no_pixels: latents to pixels of no frame (B, 3, 0, H, W), for empty results.
     """
 
     def __init__(
@@ -29,15 +30,13 @@ class StreamingDecoder:
         overlap: int = 1,
         *,
         in_channels: int,
-        out_channels: int,
-        spatial_factor: int,
+        no_pixels: Callable[[Tensor], Tensor],
     ):
         self._decode_tile = decode_tile
         self._tile_latents = tile_latents
         self._overlap = overlap
         self._in_channels = in_channels
-        self._out_channels = out_channels
-        self._spatial_factor = spatial_factor
+        self._no_pixels = no_pixels
         self._pending: Tensor | None = None
         self._started = False
         self._finished = False
@@ -98,8 +97,6 @@ class StreamingDecoder:
         return pixels
 
     def _join(self, pieces: list[Tensor]) -> Tensor:
-        if pieces:
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-        batch, _, _, height, width = self._pending.shape
-        size = (height * self._spatial_factor, width * self._spatial_factor)
-        return self._pending.new_empty(batch, self._out_channels, 0, *size)
+        if not pieces:
+            return self._no_pixels(self._pending)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)

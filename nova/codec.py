@@ -1,0 +1,215 @@
+"""One interface over the video VAE of this package and the SD / SDXL image VAE of diffusers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
+from .errors import CheckpointError, ConfigError, DependencyError, InputError
+from .noise import Generators
+from .vae import CausalVideoVAE, VAEConfig, sample_latents
+from .vae_stream import StreamingDecoder
+
+VIDEO_CLASSES = ("AutoencoderKLOpenSora", "CausalVideoVAE")
+IMAGE_CLASS = "AutoencoderKL"
+
+
+class LatentCodec:
+    """Pixels in [-1, 1] to scaled latents, and back.
+
+    Args:
+        module: a `CausalVideoVAE`, or diffusers' `AutoencoderKL`.
+
+    Attributes:
+        module: as given, frozen and in evaluation mode; `codec.module.to(...)` moves it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, torch_dtype: torch.dtype | None = None
+    ) -> "LatentCodec":
+        """Open a vae/ folder.
+
+        Args:
+            torch_dtype: of the weights; None: the file's.
+
+        Raises:
+            CheckpointError: an unknown class, or weights that do not fit.
+            ConfigError: a config that makes no VAE.
+            DependencyError: an image VAE without diffusers.
+        """
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        name = config.get("_class_name")
+        if name in VIDEO_CLASSES:
+            with torch.device("meta"):
+                module: nn.Module = CausalVideoVAE(VAEConfig.from_dict(config))
+        elif name == IMAGE_CLASS:
+            module = _image_vae(config)
+        else:
+            raise CheckpointError(
+                f"{folder / 'config.json'} names the class {name!r}; known are "
+                f"{', '.join((*VIDEO_CLASSES, IMAGE_CLASS))}"
+            )
+        load_strict(module, _renamed(load_state_dict(folder)), str(folder))
+        return cls(module if torch_dtype is None else module.to(torch_dtype))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write config.json and safetensors weights, so that `load` opens them again."""
+        config = self.module.config
+        if self.is_video:
+            # The reference's name, so that it opens the folder too.
+            config = {"_class_name": VIDEO_CLASSES[0], **config.to_dict()}
+        else:
+            config = {"_class_name": IMAGE_CLASS, **_plain(config)}
+        save_state_dict(self.module.state_dict(), folder)
+        write_json(Path(folder) / "config.json", config)
+
+    @property
+    def is_video(self) -> bool:
+        return isinstance(self.module, CausalVideoVAE)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.module.config.latent_channels
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.module.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        return self.module.config.shift_factor or 0.0
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels along a side of a latent."""
+        return 2 ** (len(self.module.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pixels: Tensor,
+        generator: Generators = None,
+        *,
+        sample: bool = True,
+        batch_size: int = 1,
+    ) -> Tensor:
+        """Scaled latents.
+
+        Args:
+            pixels: (B, 3, H, W), or (B, 3, T, H, W) with T = 1 + 4n for a video VAE, T = 1 for an
+                image VAE; values in [-1, 1].
+            generator: one, or a list of one a sample, on any device.
+            sample: draw from the posterior; False gives its mean.
+            batch_size: samples that go through the network at a time.
+
+        Returns:
+            (B, channels, h, w), or with the frame axis, in the module's dtype.
+
+        Raises:
+            InputError: other shapes.
+        """
+        encode = self.module.encode_moments if self.is_video else self._image_moments
+        moments = [encode(part) for part in pixels.split(batch_size)]
+        mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        latents = sample_latents(mean, logvar, generator) if sample else mean
+        return ((latents - self.shift_factor) * self.scaling_factor).to(self.module.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 1) -> Tensor:
+        """Pixels of scaled latents.
+
+        Args:
+            latents: (B, channels, h, w), or (B, channels, T, h, w), T = 1 for an image VAE.
+            batch_size: samples that go through the network at a time.
+
+        Returns:
+            float32 (B, 3, H, W), or (B, 3, frames, H, W); nominally in [-1, 1], not clamped.
+
+        Raises:
+            InputError: other shapes.
+        """
+        decode = self.module.decode if self.is_video else self._decode_images
+        return torch.cat([decode(part).float() for part in latents.split(batch_size)])
+
+    def stream(self) -> StreamingDecoder:
+        """Decodes latents (B, channels, n, h, w) as they come; see `StreamingDecoder`.
+
+        An image VAE, which has no time, decodes every latent frame by itself.
+        """
+        return StreamingDecoder(
+            self.decode,
+            tile_latents=self.module.tile_latents if self.is_video else 1,
+            overlap=1 if self.is_video else 0,
+            in_channels=self.latent_channels,
+            no_pixels=self._no_pixels,
+        )
+
+    def _no_pixels(self, latents: Tensor) -> Tensor:
+        batch, _, _, height, width = latents.shape
+        factor, channels = self.spatial_factor, self.module.config.out_channels
+        shape = (batch, channels, 0, height * factor, width * factor)
+        return torch.empty(shape, device=self.module.device)
+
+    def _image_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = _as_images(pixels, "pixels").to(self.module.device, self.module.dtype)
+        posterior = self.module.encode(images).latent_dist
+        return tuple(_like(pixels, x.float()) for x in (posterior.mean, posterior.logvar))
+
+    def _decode_images(self, latents: Tensor) -> Tensor:
+        images = _as_images(latents, "latents") / self.scaling_factor + self.shift_factor
+        images = self.module.decode(images.to(self.module.device, self.module.dtype)).sample
+        return _like(latents, images)
+
+
+def _as_images(x: Tensor, name: str) -> Tensor:
+    """(B, c, h, w) of x, which may have a frame axis of length 1."""
+    if x.dim() == 5 and x.shape[2] == 1:
+        return x[:, :, 0]
+    if x.dim() != 4:
+        raise InputError(f"an image VAE takes {name} of one frame, got shape {tuple(x.shape)}")
+    return x
+
+
+def _like(given: Tensor, images: Tensor) -> Tensor:
+    """Images with a frame axis if `given` has one."""
+    return images[:, :, None] if given.dim() == 5 else images
+
+
+def _image_vae(config: dict[str, Any]) -> nn.Module:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise DependencyError(
+            "this checkpoint has an SD / SDXL VAE, which needs diffusers: pip install diffusers"
+        ) from error
+    try:
+        return AutoencoderKL.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"diffusers cannot build the VAE of this config: {error}") from error
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of attention weights before diffusers 0.18, as SD's VAE files still have them."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for key, tensor in weights.items():
+        if ".attentions." in key:
+            for old, new in names.items():
+                key = key.replace(f".{old}.", f".{new}.")
+            if ".to_" in key and key.endswith("weight") and tensor.dim() == 4:
+                tensor = tensor[:, :, 0, 0]  # once a 1x1 convolution
+        renamed[key] = tensor
+    return renamed
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """diffusers' frozen config as a dictionary for JSON."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}

@@ -1,0 +1,77 @@
+"""What a pipeline call returns, in the types that diffusers users expect."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .errors import InputError
+from .pixels import to_uint8
+
+OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
+
+
+@dataclass
+class NOVAPipelineOutput:
+    """Result of a call: `images` of image models, `frames` of video models; the other is None.
+
+    With output_type:
+        "pil": a list of PIL images, or for videos a list of such lists.
+        "np": float32 arrays in [0, 1], (B, H, W, 3) or (B, T, H, W, 3).
+        "uint8": the same as uint8.
+        "pt": float tensors in [0, 1], (B, 3, H, W) or (B, T, 3, H, W).
+        "latent": scaled latents (B, channels, h, w) or (B, channels, T, h, w).
+
+    Attributes:
+        latents: (B, channels, T, h, w) scaled latents, whatever the type.
+    """
+
+    images: Any = None
+    frames: Any = None
+    latents: Tensor | None = None
+
+    def __getitem__(self, key: str | int) -> Any:
+        """output["frames"] as with diffusers; output[0] is the images or the frames."""
+        if isinstance(key, int):
+            return [self.images if self.frames is None else self.frames][key]
+        return getattr(self, key)
+
+
+@dataclass
+class StreamedFrames:
+    """One item of `NOVAPipeline.stream`, after a latent frame is finished.
+
+    Attributes:
+        index: of the latent frame.
+        latents: (B, channels, h, w) of this frame.
+        frames: the pixel frames that are final now, in the type asked for, perhaps none of them:
+            the VAE finishes frames a tile at a time (see docs/sampling.md).
+    """
+
+    index: int
+    latents: Tensor
+    frames: Any
+
+
+def convert_pixels(pixels: Tensor, output_type: str) -> Any:
+    """Pixels in [-1, 1], (B, 3, H, W) or (B, 3, T, H, W), to an output type other than "latent".
+
+    Raises:
+        InputError: pixels that are not finite (as after an overflow in half precision).
+    """
+    if output_type == "pt":
+        if not pixels.isfinite().all():
+            raise InputError("pixels hold NaN or infinite values: try bfloat16 or float32")
+        scaled = (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return scaled.transpose(1, 2) if pixels.dim() == 5 else scaled
+    arrays = to_uint8(pixels)
+    if output_type == "uint8":
+        return arrays
+    if output_type == "np":
+        return arrays.astype(np.float32) / 255
+    from PIL import Image
+
+    if arrays.ndim == 4:
+        return [Image.fromarray(image) for image in arrays]
+    return [[Image.fromarray(frame) for frame in clip] for clip in arrays]

@@ -1,0 +1,483 @@
+"""NOVAPipeline: from a checkpoint folder and a prompt to images or video frames."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs
+from .checkpoint import (
+    find_folder,
+    load_state_dict,
+    load_strict,
+    read_json,
+    save_state_dict,
+    write_json,
+)
+from .codec import LatentCodec
+from .conditioning import Conditioning
+from .config import ModelConfig
+from .devices import check_device, out_of_memory
+from .errors import CheckpointError, InputError
+from .model import NOVATransformer
+from .noise import NoiseSource
+from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels
+from .request import Request
+from .sampling import generate_frames
+from .schedule import (
+    DiffusionSchedule,
+    SchedulerConfig,
+    scheduler_from_dict,
+    scheduler_to_dict,
+    set_sizes,
+)
+from .step_hooks import Interrupted, StepCallback, StepProgress, chain
+from .text import TextEncoder
+
+# 33 frames, what the released video model was trained for; its time base (16) is longer.
+DEFAULT_LATENT_FRAMES = 9
+LOAD = "load"
+
+
+class NOVAPipeline:
+    """Samples NOVA: text to image, text to video, class to image, image or clip to video.
+
+    Args:
+        transformer: the model.
+        scheduler: how it denoises.
+        vae: latents <-> pixels; None: only output_type "latent".
+        text_encoder: prompts -> embeddings; None: give prompt_embeds (or class labels).
+    """
+
+    def __init__(
+        self,
+        transformer: NOVATransformer,
+        scheduler: SchedulerConfig,
+        vae: LatentCodec | None = None,
+        text_encoder: TextEncoder | None = None,
+    ):
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.scheduler = scheduler
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self._offload_device: torch.device | None = None
+        self._progress_bar_config: dict[str, Any] = {}
+        self._interrupt = False
+
+    # Opening and saving ----------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        text_encoder: TextEncoder | None | str = LOAD,
+        vae: LatentCodec | None | str = LOAD,
+        variant: str | None = None,
+        allow_pickle: bool = False,
+        **hub_options: Any,
+    ) -> "NOVAPipeline":
+        """Open a checkpoint folder in the format of the released ones, or a hub id.
+
+        model_index.json and the configs are read as data, whatever classes they name.
+
+        Args:
+            torch_dtype: of all parts; None: float32.
+            text_encoder, vae: used in place of the folder's; None leaves the part out (a text
+                encoder of 2.7B parameters is not needed when prompt_embeds are given).
+            variant: of the transformer's weight files, such as "fp16".
+            allow_pickle: also read .bin weights, their tensors only.
+            hub_options: revision, cache_dir, token, local_files_only.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong with which file.
+            DependencyError: an SD / SDXL VAE without diffusers.
+        """
+        folder = find_folder(name_or_path, allow_pickle=allow_pickle, **hub_options)
+        dtype = torch.float32 if torch_dtype is None else torch_dtype
+        parts = _parts_of(folder)
+        config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+        with torch.device("meta"):
+            transformer = NOVATransformer(config)
+        weights = load_state_dict(
+            folder / "transformer", variant=variant, allow_pickle=allow_pickle
+        )
+        load_strict(transformer, weights, str(folder / "transformer"))
+        scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
+        if vae == LOAD:
+            vae = LatentCodec.load(folder / "vae", dtype) if "vae" in parts else None
+        if text_encoder == LOAD:
+            text_encoder = None
+            if config.text_token_dim and "text_encoder" in parts:
+                text_encoder = TextEncoder.from_folders(
+                    folder / "text_encoder",
+                    folder / "tokenizer",
+                    max_length=config.text_token_len,
+                    torch_dtype=dtype,
+                    allow_pickle=allow_pickle,
+                )
+        _check_fit(config, vae, text_encoder)
+        return cls(transformer.to(dtype), scheduler, vae, text_encoder)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
+        folder = Path(folder)
+        transformer = {"_class_name": "NOVATransformer3DModel", **self.config.to_dict()}
+        write_json(folder / "transformer" / "config.json", transformer)
+        save_state_dict(self.transformer.state_dict(), folder / "transformer")
+        write_json(
+            folder / "scheduler" / "scheduler_config.json", scheduler_to_dict(self.scheduler)
+        )
+        index: dict[str, Any] = {
+            "_class_name": "NOVAPipeline",
+            "transformer": ["nova", "NOVATransformer3DModel"],
+            "scheduler": ["nova", scheduler_to_dict(self.scheduler)["_class_name"]],
+        }
+        if self.vae is not None:
+            self.vae.save(folder / "vae")
+            index["vae"] = ["nova", type(self.vae.module).__name__]
+        if self.text_encoder is not None:
+            self.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+            index["text_encoder"] = ["transformers", type(self.text_encoder.module).__name__]
+            index["tokenizer"] = ["transformers", type(self.text_encoder.tokenizer).__name__]
+        # Last: a folder with an index is complete.
+        write_json(folder / "model_index.json", index)
+
+    # Devices ---------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ModelConfig:
+        """The transformer's geometry."""
+        return self.transformer.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where sampling runs."""
+        return self._offload_device or self.transformer.device
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        text_encoder: bool = True,
+    ) -> "NOVAPipeline":
+        """Move all parts to a device, a dtype, or both.
+
+        Args:
+            text_encoder: False leaves the text encoder where it is, as on the CPU.
+
+        Raises:
+            DeviceError: the device is absent, or has too little memory.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None:
+            device = check_device(device)
+            self._offload_device = None
+        with out_of_memory("moving the model"):
+            for name, module in self._modules().items():
+                if name != "text_encoder" or text_encoder:
+                    module.to(device=device, dtype=dtype)
+        return self
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep all parts on the CPU, each on `device` only while it works."""
+        self._offload_device = check_device(device)
+        for module in self._modules().values():
+            module.to("cpu")
+
+    def _modules(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {"transformer": self.transformer}
+        if self.vae is not None:
+            modules["vae"] = self.vae.module
+        if self.text_encoder is not None:
+            modules["text_encoder"] = self.text_encoder.module
+        return modules
+
+    @contextlib.contextmanager
+    def _working(self, *names: str) -> Iterator[None]:
+        """The named parts are on the offload device inside, if offloading is on."""
+        modules = [m for name, m in self._modules().items() if name in names]
+        if self._offload_device is None:
+            yield
+            return
+        try:
+            with out_of_memory("moving the model"):
+                for module in modules:
+                    module.to(self._offload_device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    # Sampling --------------------------------------------------------------------------------
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of the tqdm bars, such as disable=True."""
+        self._progress_bar_config = options
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> list[Tensor]:
+        """Embeddings (n_i, text_token_dim) of prompts, which `prompt_embeds` takes."""
+        if self.text_encoder is None:
+            raise InputError(
+                "this pipeline has no text encoder: give prompt_embeds, or open a checkpoint that "
+                "has text_encoder/ and tokenizer/"
+            )
+        with self._working("text_encoder"), out_of_memory("encoding the prompt"):
+            embeds = self.text_encoder.encode(prompts)
+        return [embed.to(self.device, self.dtype) for embed in embeds]
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        num_inference_steps: int = 64,
+        num_diffusion_steps: int = 25,
+        max_latent_length: int | None = None,
+        guidance_scale: float = 5.0,
+        **options: Any,
+    ) -> NOVAPipelineOutput:
+        """Generate a batch of images or clips.
+
+        Args:
+            options: all of them are described at `nova.Request`.
+
+        Raises:
+            NovaError: of the kind that fits, saying what to do.
+        """
+        run = self._prepare(
+            Request(
+                prompt,
+                num_inference_steps,
+                num_diffusion_steps,
+                max_latent_length,
+                guidance_scale,
+                **options,
+            )
+        )
+        with self._working("transformer"):
+            frames = [latents.clone() for latents in self._frames(run)]
+        latents = torch.stack([*run.given_frames, *frames], dim=2)
+        is_video = run.num_frames > 1
+        shown = latents if is_video else latents[:, :, 0]
+        if run.output_type != "latent":
+            shown = convert_pixels(self._decode(shown, run.request), run.output_type)
+        return NOVAPipelineOutput(**{"frames" if is_video else "images": shown}, latents=latents)
+
+    def stream(self, prompt: Any = None, **options: Any) -> Iterator[StreamedFrames]:
+        """Generate as a call does, and yield after every latent frame what is finished.
+
+        Takes the options of a call. The pixel frames put together equal those of the call; given
+        frames come with the first piece. The VAE finishes frames a tile at a time; after
+        `pipe.vae.module.tile_latents = 2`, every latent frame gives its pixels at once (calls use
+        that setting too, so both stay equal).
+        """
+        return self._stream(self._prepare(Request(prompt, **options)))
+
+    def _prepare(self, request: Request) -> "_Run":
+        """Check a request against this model, and encode its prompts and pictures."""
+        num_frames = request.max_latent_length
+        if num_frames is None:
+            num_frames = min(DEFAULT_LATENT_FRAMES, self.config.time_base)
+        if request.output_type != "latent" and self.vae is None:
+            raise InputError(
+                'this pipeline has no VAE: ask for output_type="latent", or open a checkpoint that '
+                "has vae/"
+            )
+        schedule = self.scheduler.schedule(request.num_diffusion_steps, request.flow_shift)
+        sizes = set_sizes(self.config.num_image_tokens, request.num_inference_steps)
+        conditioning = self._condition(request)
+        batch = conditioning.batch_size
+        noise = NoiseSource(request.generator, batch, dtype=self.dtype, device=self.device)
+        given = self._given_latents(request, batch)
+        return _Run(request, num_frames, sizes, schedule, conditioning, noise, given)
+
+    @torch.no_grad()
+    def _condition(self, request: Request) -> Conditioning:
+        config, guidance, each = self.config, request.guidance, request.num_images_per_prompt
+        if not config.text_token_dim:
+            labels = inputs.class_labels(request.prompt, request.negative_prompt, each)
+            with self._working("transformer"), out_of_memory("embedding the labels"):
+                return Conditioning.from_labels(self.transformer, *labels, guidance)
+        embeds, negative_embeds = self._prompt_embeds(request)
+        with self._working("transformer"), out_of_memory("embedding the prompt"):
+            text_embed = self.transformer.text_embed
+            prompts = inputs.padded_prompts(embeds, text_embed, each)
+            negatives = None
+            if negative_embeds is not None:
+                negatives = inputs.padded_prompts(negative_embeds, text_embed, each)
+            return Conditioning.from_text(
+                self.transformer,
+                prompts,
+                negatives,
+                guidance,
+                motion_flow=request.motion_flow,
+                fps=request.fps,
+            )
+
+    def _prompt_embeds(self, request: Request) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Embeddings of prompts and of negative prompts (None: the null prompt)."""
+        if request.prompt_embeds is None:
+            embeds, prompts = None, inputs.check_prompts(request.prompt)
+            count = len(prompts)
+        else:
+            if request.prompt is not None:
+                raise InputError("give prompt or prompt_embeds, not both")
+            embeds = inputs.check_embeddings(request.prompt_embeds, self.config, "prompt_embeds")
+            prompts, count = [], len(embeds)
+        negatives = None
+        if request.guidance.passes > 1 and request.negative_prompt_embeds is None:
+            negatives = inputs.check_negative_prompts(request.negative_prompt, count)
+        # One pass of the text encoder for both.
+        texts = prompts + (negatives or [])
+        encoded = self.encode_prompt(texts) if texts else []
+        embeds = encoded[:count] if embeds is None else embeds
+        if request.negative_prompt_embeds is not None:
+            negative_embeds = inputs.check_embeddings(
+                request.negative_prompt_embeds, self.config, "negative_prompt_embeds"
+            )
+            negative_embeds *= count if len(negative_embeds) == 1 else 1
+            if len(negative_embeds) != count:
+                raise InputError(f"negative_prompt_embeds needs one entry for each of {count}")
+            return embeds, negative_embeds
+        return embeds, encoded[len(prompts) :] if negatives is not None else None
+
+    @torch.no_grad()
+    def _given_latents(self, request: Request, batch: int) -> Tensor | None:
+        """Latents (batch, channels, K, h, w) to go on from, or None."""
+        if request.latents is not None:
+            return inputs.given_latents(request.latents, batch)
+        if request.image is None and request.video is None:
+            return None
+        if self.vae is None:
+            raise InputError("this pipeline has no VAE to encode pictures with: give latents")
+        if request.image is not None:
+            pixels = inputs.image_pixels(request.image, self.config.image_size)
+        else:
+            # One rate for all samples is what a file can be read at.
+            rates = request.fps if isinstance(request.fps, list | tuple) else [request.fps]
+            pixels = inputs.video_pixels(request.video, self.config.image_size, rates[0])
+        generator = request.generator
+        if isinstance(generator, list | tuple):
+            # One draw a sample, from its own generator.
+            pixels = inputs.repeat_to_batch(pixels, batch, "image")
+        with self._working("vae"), out_of_memory("encoding the given frames"):
+            latents = self.vae.encode(pixels, generator)
+        latents = latents[:, :, None] if latents.dim() == 4 else latents
+        return inputs.repeat_to_batch(latents, batch, "image")
+
+    def _decode(self, latents: Tensor, request: Request) -> Tensor:
+        """Pixels in [-1, 1] of latents (B, channels, h, w) or (B, channels, T, h, w)."""
+        with self._working("vae"), out_of_memory("decoding the latents"), torch.no_grad():
+            return self.vae.decode(latents, batch_size=request.vae_batch_size)
+
+    def _stream(self, run: "_Run") -> Iterator[StreamedFrames]:
+        with self._working("transformer", "vae"):
+            decoder = self.vae.stream() if run.output_type != "latent" else None
+            first = len(run.given_frames)
+            pending = run.given_frames
+            for index, latents in enumerate(self._frames(run), start=first):
+                frames = torch.stack([*pending, latents], dim=2)
+                pending = []
+                if decoder is not None:
+                    with out_of_memory("decoding the latents"), torch.no_grad():
+                        frames = decoder.push(frames)
+                        if index == run.num_frames - 1 or self._interrupt:
+                            frames = torch.cat([frames, decoder.finish()], dim=2)
+                    frames = convert_pixels(frames, run.output_type)
+                yield StreamedFrames(index, latents, frames)
+
+    def _frames(self, run: "_Run") -> Iterator[Tensor]:
+        """Generated latent frames of a run, with a progress bar and the callback."""
+        self._interrupt = False
+        num_new = run.num_frames - len(run.given_frames)
+        options = {"disable": run.request.disable_progress_bar, **self._progress_bar_config}
+        with StepProgress(num_new, len(run.set_sizes), options) as progress:
+            hooks = [progress.update]
+            if run.request.callback_on_step_end is not None:
+                hooks.append(StepCallback(self, run.request))
+            frames = generate_frames(
+                self.transformer,
+                run.conditioning,
+                num_frames=run.num_frames,
+                set_sizes=run.set_sizes,
+                schedule=run.schedule,
+                guidance=run.request.guidance,
+                noise=run.noise,
+                given_latents=run.given,
+                context_frames=run.request.context_frames,
+                on_set_end=chain(hooks),
+            )
+            try:
+                with out_of_memory("sampling"):
+                    yield from frames
+            except Interrupted as stopped:
+                # As diffusers does: what there is so far is returned, unfinished as it is.
+                yield stopped.latents.clone()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A request, checked and encoded: what the sampler takes."""
+
+    request: Request
+    num_frames: int
+    set_sizes: list[int]
+    schedule: DiffusionSchedule
+    conditioning: Conditioning
+    noise: NoiseSource
+    given: Tensor | None
+
+    @property
+    def output_type(self) -> str:
+        return self.request.output_type
+
+    @property
+    def given_frames(self) -> list[Tensor]:
+        """The given latents, frame by frame."""
+        if self.given is None:
+            return []
+        device, dtype = self.conditioning.tokens.device, self.conditioning.tokens.dtype
+        return list(self.given.to(device, dtype).unbind(2))
+
+
+def _parts_of(folder: Path) -> set[str]:
+    """Optional parts that the folder has: named in model_index.json, and there."""
+    if not (folder / "transformer").is_dir():
+        raise CheckpointError(
+            f"{folder} has no transformer/ folder; is it a NOVA checkpoint in diffusers layout?"
+        )
+    optional = ("vae", "text_encoder", "tokenizer")
+    present = {name for name in optional if (folder / name).is_dir()}
+    index = folder / "model_index.json"
+    if not index.exists():
+        return present
+    # A part is left out by null entries, as diffusers writes them.
+    left_out = {name for name, entry in read_json(index).items() if entry in (None, [None, None])}
+    return present - left_out
+
+
+def _check_fit(
+    config: ModelConfig, vae: LatentCodec | None, text_encoder: TextEncoder | None
+) -> None:
+    if vae is not None and vae.latent_channels != config.image_dim:
+        raise CheckpointError(
+            f"the VAE has {vae.latent_channels} latent channels, the transformer takes "
+            f"{config.image_dim}; these parts do not belong together"
+        )
+    if text_encoder is not None and text_encoder.hidden_size != config.text_token_dim:
+        raise CheckpointError(
+            f"the text encoder gives {text_encoder.hidden_size} values a token, the transformer "
+            f"takes {config.text_token_dim}; these parts do not belong together"
+        )

@@ -1,0 +1,93 @@
+"""What happens after every autoregressive step of a call: progress bar, user's callback."""
+
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import InputError
+from .request import Request
+from .sampling import OnSetEnd, SetEnd
+
+
+def chain(hooks: list[OnSetEnd]) -> OnSetEnd:
+    """One hook that calls all; the last result that is not None counts."""
+
+    def call_all(step: SetEnd) -> Tensor | None:
+        results = [hook(step) for hook in hooks]
+        return next((result for result in reversed(results) if result is not None), None)
+
+    return call_all
+
+
+class StepProgress:
+    """Two progress bars, frames (for clips) and sets of the current frame; a context manager.
+
+    Args:
+        options: of tqdm, such as disable.
+    """
+
+    def __init__(self, num_frames: int, num_sets: int, options: dict[str, Any]):
+        self._frames = None
+        if num_frames > 1:
+            self._frames = tqdm(total=num_frames, desc="frames", unit="frame", **options)
+        leave = {"leave": num_frames == 1, "position": int(num_frames > 1)}
+        self._sets = tqdm(total=num_sets, desc="sets", unit="set", **{**leave, **options})
+
+    def update(self, step: SetEnd) -> None:
+        """Count a finished set, and the frame that it finishes."""
+        if step.set_index == 0:
+            self._sets.reset()
+        self._sets.update()
+        if step.set_index == step.num_sets - 1 and self._frames is not None:
+            self._frames.update()
+
+    def __enter__(self) -> "StepProgress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._sets.close()
+        if self._frames is not None:
+            self._frames.close()
+
+
+class Interrupted(Exception):
+    """Raised through the sampler when a callback has asked to stop.
+
+    Attributes:
+        latents: (B, channels, h, w) the unfinished frame.
+    """
+
+    def __init__(self, latents: Tensor):
+        super().__init__("a callback asked to stop")
+        self.latents = latents
+
+
+class StepCallback:
+    """A user's `callback_on_step_end`, in diffusers' form, as a hook of the sampler.
+
+    Args:
+        pipeline: handed to the callback, which may set `pipeline._interrupt = True`, the flag that
+            diffusers' pipelines have.
+    """
+
+    def __init__(self, pipeline: Any, request: Request):
+        self._pipeline = pipeline
+        self._callback = request.callback_on_step_end
+        self._inputs = request.callback_on_step_end_tensor_inputs
+        self._step = 0
+
+    def __call__(self, step: SetEnd) -> Tensor | None:
+        masked = 1.0 - (step.set_index + 1) / step.num_sets
+        tensors = {"latents": step.latents.clone()} if "latents" in self._inputs else {}
+        result = self._callback(self._pipeline, self._step, masked, tensors)
+        self._step += 1
+        latents = (result or {}).get("latents")
+        if latents is not None and latents.shape != step.latents.shape:
+            raise InputError(
+                f"callback_on_step_end returned latents of shape {tuple(latents.shape)}, "
+                f"expected {tuple(step.latents.shape)}"
+            )
+        if self._pipeline._interrupt:
+            raise Interrupted(step.latents if latents is None else latents)
+        return latents

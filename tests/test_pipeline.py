@@ -1,0 +1,394 @@
+"""NOVAPipeline on small checkpoint folders: opening, saving, every way of sampling, outputs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nova
+from nova.errors import CheckpointError, InputError
+from nova.inputs import InputWarning
+from nova.text import PromptTruncationWarning
+
+PROMPT = "a red circle moving right"
+FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_video_folder):
+    return nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(seeds) > 1 else generators[0]
+
+
+def latents_of(pipe, prompt=PROMPT, **options):
+    options = {"generator": seeded(0), "output_type": "latent", **FAST, **options}
+    return pipe(prompt, **options).latents
+
+
+# Opening and saving --------------------------------------------------------------------------
+
+
+def test_save_and_open_again(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    again = nova.NOVAPipeline.from_pretrained(tmp_path / "copy")
+    assert again.config == pipe.config and again.scheduler == pipe.scheduler
+    assert torch.equal(latents_of(again), latents_of(pipe))
+
+
+def released_like(folder, source):
+    """The same weights laid out as the released folders are: other class names, shards, fp16."""
+    shutil.copytree(source, folder)
+    index = {
+        "_class_name": "NOVAPipeline",
+        "_diffusers_version": "0.31.0",
+        "scheduler": [
+            "diffnext.schedulers.scheduling_cfm",
+            "FlowMatchEulerDiscreteScheduler",
+        ],
+        "text_encoder": ["diffnext.models.text_encoders.phi", "PhiEncoderModel"],
+        "tokenizer": ["transformers", "CodeGenTokenizerFast"],
+        "transformer": [
+            "diffnext.models.transformers.transformer_nova",
+            "NOVATransformer3DModel",
+        ],
+        "vae": [
+            "diffnext.models.autoencoders.autoencoder_kl_opensora",
+            "AutoencoderKLOpenSora",
+        ],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: tensor.half() for key, tensor in load_file(whole).items()}
+    whole.unlink()
+    keys, weight_map = sorted(tensors), {}
+    for part, chosen in enumerate((keys[::2], keys[1::2]), start=1):
+        name = f"diffusion_pytorch_model-0000{part}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in chosen}, folder / "transformer" / name)
+        weight_map.update(dict.fromkeys(chosen, name))
+    shards = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (whole.parent / f"{whole.name}.index.json").write_text(json.dumps(shards))
+    return folder
+
+
+def test_a_folder_as_released_opens_as_it_is(pipe, tiny_video_folder, tmp_path):
+    folder = released_like(tmp_path / "released", tiny_video_folder)
+    released = nova.NOVAPipeline.from_pretrained(folder)
+    assert released.dtype == torch.float32
+    expected = {k: v.half().float() for k, v in pipe.transformer.state_dict().items()}
+    for key, tensor in released.transformer.state_dict().items():
+        assert torch.equal(tensor, expected[key])
+    half = nova.NOVAPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert half.dtype == half.vae.module.dtype == half.text_encoder.dtype == torch.bfloat16
+
+
+def test_optional_parts_may_be_missing(tiny_video_folder, tmp_path, pipe):
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_video_folder, folder)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    bare = nova.NOVAPipeline.from_pretrained(folder)
+    assert bare.vae is None and bare.text_encoder is None
+    embeds = pipe.encode_prompt([PROMPT])
+    assert torch.equal(latents_of(bare, None, prompt_embeds=embeds), latents_of(pipe))
+    with pytest.raises(InputError, match="prompt_embeds"):
+        bare(PROMPT, output_type="latent")
+    with pytest.raises(InputError, match="no VAE"):
+        bare(prompt_embeds=embeds)
+
+
+def test_parts_can_be_left_out_or_replaced(tiny_video_folder, pipe):
+    other = nova.NOVAPipeline.from_pretrained(tiny_video_folder, text_encoder=None, vae=pipe.vae)
+    assert other.text_encoder is None and other.vae is pipe.vae
+
+
+def test_parts_that_do_not_belong_together(tiny_video_folder, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_video_folder, folder)
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "text_token_dim": 48}))
+    with pytest.raises(CheckpointError, match="text_embed.proj.weight"):
+        nova.NOVAPipeline.from_pretrained(folder)
+
+
+def test_variant(tiny_video_folder, tmp_path, pipe):
+    folder = tmp_path / "variant"
+    shutil.copytree(tiny_video_folder, folder)
+    whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    variant = nova.NOVAPipeline.from_pretrained(folder, variant="fp16")
+    assert torch.equal(latents_of(variant), latents_of(pipe))
+
+
+# Ways of sampling ----------------------------------------------------------------------------
+
+
+def test_text_to_video(pipe):
+    output = pipe([PROMPT, "a blue square"], generator=seeded(0), output_type="uint8", **FAST)
+    assert output.images is None and output.frames.shape == (2, 9, 64, 96, 3)
+    assert output.latents.shape == (2, 4, 3, 8, 12)
+
+
+def test_text_to_image(tiny_image_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_image_folder)
+    output = pipe(PROMPT, generator=seeded(0), **FAST)
+    assert output.frames is None and output.images[0].size == (64, 64)
+    with pytest.raises(InputError, match="image model"):
+        pipe(PROMPT, max_latent_length=2, **FAST)
+
+
+def test_class_to_image(tiny_class_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_class_folder)
+    output = pipe([7, 207], generator=seeded(0), output_type="uint8", **FAST)
+    assert output.images.shape == (2, 64, 64, 3)
+    same = pipe([7, 207], negative_prompt=1000, generator=seeded(0), output_type="uint8", **FAST)
+    assert np.array_equal(same.images, output.images)
+    for wrong in (1001, "a cat", [], None, [True]):
+        with pytest.raises(InputError, match="class ids"):
+            pipe(wrong, **FAST)
+
+
+def test_first_frame_of_a_video_model(pipe):
+    output = pipe(PROMPT, max_latent_length=1, output_type="uint8", **FAST)
+    assert output.frames is None and output.images.shape == (1, 64, 96, 3)
+
+
+def picture(height=64, width=96, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_image_to_video(pipe, tmp_path):
+    image = picture()
+    expected = latents_of(pipe, image=image)
+    given = pipe.vae.encode(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1, seeded(0))
+    torch.testing.assert_close(expected[:, :, 0], given, rtol=1e-4, atol=1e-5)
+    Image.fromarray(image).save(tmp_path / "first.png")
+    for same in (Image.fromarray(image), tmp_path / "first.png", [image]):
+        assert torch.equal(latents_of(pipe, image=same), expected)
+
+
+def test_image_of_another_size_is_resized_and_said_so(pipe):
+    with pytest.warns(InputWarning, match="50 x 200 pixels is resized and cropped"):
+        latents_of(pipe, image=picture(50, 200))
+
+
+def test_continuing_a_clip(pipe):
+    clip = np.stack([picture(seed=s) for s in range(6)])
+    with pytest.warns(InputWarning, match="last 5"):
+        longer = latents_of(pipe, video=clip, max_latent_length=4)
+    same = latents_of(pipe, video=[Image.fromarray(f) for f in clip[1:]], max_latent_length=4)
+    assert longer.shape[2] == 4 and torch.equal(longer, same)
+
+
+def test_latents_in_and_out(pipe):
+    whole = latents_of(pipe)
+    listed = latents_of(pipe, latents=[whole[:, :, 0], whole[:, :, 1]])
+    assert torch.equal(listed[:, :, :2], whole[:, :, :2])
+    assert torch.equal(listed, latents_of(pipe, latents=whole[:, :, :2]))
+    for wrong in (whole[0], torch.zeros(3, 4, 1, 8, 12), [whole], []):
+        with pytest.raises(InputError, match="latents"):
+            latents_of(pipe, latents=wrong)
+    with pytest.raises(InputError, match="give one of"):
+        latents_of(pipe, latents=whole, image=picture())
+
+
+def test_prompt_embeddings_with_and_without_guidance(pipe):
+    embeds = pipe.encode_prompt([PROMPT])
+    for scale in (1.0, 4.0):
+        expected = latents_of(pipe, guidance_scale=scale)
+        given = latents_of(pipe, None, prompt_embeds=embeds, guidance_scale=scale)
+        assert torch.equal(given, expected)
+    padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+    assert torch.equal(latents_of(pipe, None, prompt_embeds=padded), latents_of(pipe))
+    with pytest.warns(PromptTruncationWarning):
+        latents_of(pipe, None, prompt_embeds=torch.zeros(1, 40, 32))
+    with pytest.raises(InputError, match="not both"):
+        latents_of(pipe, prompt_embeds=embeds)
+    with pytest.raises(InputError, match="prompt_embeds must be"):
+        latents_of(pipe, None, prompt_embeds=torch.zeros(1, 4, 31))
+
+
+def test_negative_prompts(pipe):
+    plain = latents_of(pipe)
+    assert torch.equal(latents_of(pipe, negative_prompt=""), plain)
+    negative = latents_of(pipe, negative_prompt="a blue square")
+    assert not torch.allclose(negative, plain)
+    embeds = pipe.encode_prompt(["a blue square"])
+    assert torch.equal(latents_of(pipe, negative_prompt_embeds=embeds), negative)
+    with pytest.raises(InputError, match="negative_prompt"):
+        latents_of(pipe, negative_prompt=["a", "b"])
+
+
+def test_several_images_a_prompt(pipe):
+    together = latents_of(
+        pipe, [PROMPT, "a blue square"], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)
+    )
+    third = latents_of(pipe, "a blue square", generator=seeded(3))
+    torch.testing.assert_close(together[2:3], third, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_guidance_scale": 1.5},
+        {"guidance_trunc": 600.0},
+        {"guidance_renorm": 0.5},
+        {"image_guidance_scale": 1.5},
+        {"flow_shift": 3.0},
+        {"motion_flow": 9.0},
+        {"fps": 24.0},
+        {"context_frames": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_reaches_the_sampler(pipe, options):
+    assert not torch.allclose(latents_of(pipe, **options), latents_of(pipe))
+
+
+def test_motion_one_a_sample(pipe):
+    two = latents_of(pipe, [PROMPT] * 2, motion_flow=[1.0, 9.0], generator=seeded(0, 1))
+    one = latents_of(pipe, motion_flow=9.0, generator=seeded(1))
+    # guard against the generator being consumed: a list of one draws the same
+    torch.testing.assert_close(two[1:], one, rtol=1e-3, atol=1e-4)
+
+
+# Outputs, stream, callbacks ------------------------------------------------------------------
+
+
+def test_output_types(pipe):
+    def run(output_type):
+        return pipe(PROMPT, generator=seeded(0), output_type=output_type, **FAST).frames
+
+    uint8 = run("uint8")
+    assert uint8.dtype == np.uint8
+    assert all(
+        np.array_equal(np.asarray(a), b) for a, b in zip(run("pil")[0], uint8[0], strict=True)
+    )
+    floats = run("np")
+    assert floats.dtype == np.float32 and np.allclose(floats, uint8 / 255)
+    tensor = run("pt")
+    assert tensor.shape == (1, 9, 3, 64, 96) and 0 <= tensor.min() and tensor.max() <= 1
+    assert np.abs(tensor.permute(0, 1, 3, 4, 2).numpy() - floats).max() <= 1 / 255
+    assert run("latent").shape == (1, 4, 3, 8, 12)
+    with pytest.raises(InputError, match="output_type"):
+        run("jpeg")
+
+
+def test_output_is_indexed_as_diffusers_has_it(pipe):
+    output = pipe(PROMPT, generator=seeded(0), output_type="latent", **FAST)
+    assert output[0] is output.frames is output["frames"]
+
+
+@pytest.mark.parametrize("tile_latents", [2, 5])
+@pytest.mark.parametrize("given", [False, True])
+def test_stream_equals_the_call(tiny_video_folder, tile_latents, given):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    pipe.vae.module.tile_latents = tile_latents
+    options = {**FAST, "max_latent_length": 4, "output_type": "pt"}
+    if given:
+        options["image"] = picture()
+    whole = pipe(PROMPT, generator=seeded(0), **options)
+    items = list(pipe.stream(PROMPT, generator=seeded(0), **options))
+    torch.testing.assert_close(torch.cat([i.frames for i in items], dim=1), whole.frames)
+    assert [item.index for item in items] == list(range(int(given), 4))
+    assert torch.equal(items[-1].latents, whole.latents[:, :, -1])
+    if tile_latents == 2:
+        # Every latent frame gives its pixels at once, once two are there.
+        assert [i.frames.shape[1] for i in items] == ([5, 4, 4] if given else [0, 5, 4, 4])
+
+
+def test_stream_of_an_image(tiny_image_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_image_folder)
+    (item,) = pipe.stream(PROMPT, generator=seeded(0), output_type="pt", **FAST)
+    whole = pipe(PROMPT, generator=seeded(0), output_type="pt", **FAST)
+    torch.testing.assert_close(item.frames[:, 0], whole.images)
+
+
+def test_callback_as_diffusers_has_it(pipe):
+    calls = []
+
+    def callback(pipeline, step, timestep, tensors):
+        assert pipeline is pipe
+        calls.append((step, timestep, tensors["latents"].shape))
+        return tensors
+
+    latents = latents_of(pipe, callback_on_step_end=callback)
+    torch.testing.assert_close(latents, latents_of(pipe), rtol=1e-4, atol=1e-5)
+    assert [step for step, _, _ in calls] == list(range(9))
+    assert [round(timestep, 3) for _, timestep, _ in calls[:3]] == [0.667, 0.333, 0.0]
+    assert {shape for _, _, shape in calls} == {(1, 4, 8, 12)}
+
+
+def test_callback_may_change_latents_and_stop(pipe):
+    changed = latents_of(pipe, callback_on_step_end=lambda *a: {"latents": 2 * a[3]["latents"]})
+    assert not torch.allclose(changed, latents_of(pipe))
+
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 4
+        return tensors
+
+    stopped = latents_of(pipe, callback_on_step_end=stop)
+    assert stopped.shape[2] == 2
+    torch.testing.assert_close(stopped[:, :, 0], latents_of(pipe)[:, :, 0], rtol=1e-4, atol=1e-5)
+    options = {"generator": seeded(0), "output_type": "pt", **FAST}
+    items = list(pipe.stream(PROMPT, callback_on_step_end=stop, **options))
+    assert sum(item.frames.shape[1] for item in items) == 5
+    with pytest.raises(InputError, match="callback_on_step_end returned"):
+        latents_of(pipe, callback_on_step_end=lambda *a: {"latents": torch.zeros(1)})
+    with pytest.raises(InputError, match="latents"):
+        latents_of(pipe, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_progress_bars(pipe, capsys):
+    latents_of(pipe, disable_progress_bar=False)
+    shown = capsys.readouterr().err
+    assert "frames" in shown and "sets" in shown
+    latents_of(pipe, disable_progress_bar=True)
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=True)
+    latents_of(pipe, disable_progress_bar=False)
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config()
+
+
+# Devices -------------------------------------------------------------------------------------
+
+
+def test_dtype_and_device_moves(tiny_video_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    assert pipe.to("cpu", torch.bfloat16) is pipe
+    assert pipe.dtype == pipe.vae.module.dtype == torch.bfloat16
+    frames = pipe(PROMPT, output_type="uint8", **FAST).frames
+    assert frames.shape == (1, 9, 64, 96, 3)
+    pipe.to(torch.float32, text_encoder=False)
+    assert pipe.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_offload_gives_the_same(tiny_video_folder, pipe):
+    """On the CPU the parts do not move, but all of the offloading's path runs."""
+    other = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    other.enable_model_cpu_offload("cpu")
+    assert torch.equal(latents_of(other, image=picture()), latents_of(pipe, image=picture()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_on_a_gpu(tiny_video_folder, pipe, offload):
+    other = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    if offload:
+        other.enable_model_cpu_offload()
+    else:
+        other.to("cuda")
+    on_gpu = latents_of(other, image=picture())
+    torch.testing.assert_close(
+        on_gpu.cpu(), latents_of(pipe, image=picture()), rtol=1e-2, atol=1e-2
+    )
+    assert other.transformer.device.type == ("cpu" if offload else "cuda")
