@@ -159,23 +159,33 @@ class LatentCodec:
         return torch.empty(shape, device=self.module.device)
 
     def _image_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        images = _as_images(pixels, "pixels").to(self.module.device, self.module.dtype)
+        images = _as_images(pixels, self.module.config.in_channels, "pixels")
+        factor, (height, width) = self.spatial_factor, images.shape[2:]
+        if height % factor or width % factor:
+            # The network would crop them.
+            raise InputError(
+                f"pixels are {height} x {width}; height and width must be multiples of {factor}"
+            )
+        images = images.to(self.module.device, self.module.dtype)
         posterior = self.module.encode(images).latent_dist
         return tuple(_like(pixels, x.float()) for x in (posterior.mean, posterior.logvar))
 
     def _decode_images(self, latents: Tensor) -> Tensor:
-        images = _as_images(latents, "latents") / self.scaling_factor + self.shift_factor
+        images = _as_images(latents, self.latent_channels, "latents")
+        images = images / self.scaling_factor + self.shift_factor
         images = self.module.decode(images.to(self.module.device, self.module.dtype)).sample
         return _like(latents, images)
 
 
-def _as_images(x: Tensor, name: str) -> Tensor:
-    """(B, c, h, w) of x, which may have a frame axis of length 1."""
-    if x.dim() == 5 and x.shape[2] == 1:
-        return x[:, :, 0]
-    if x.dim() != 4:
-        raise InputError(f"an image VAE takes {name} of one frame, got shape {tuple(x.shape)}")
-    return x
+def _as_images(x: Tensor, channels: int, name: str) -> Tensor:
+    """(B, channels, h, w) of x, which may have a frame axis of length 1."""
+    images = x[:, :, 0] if x.dim() == 5 and x.shape[2] == 1 else x
+    if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape:
+        raise InputError(
+            f"an image VAE takes {name} of one frame, (batch, {channels}, height, width), got "
+            f"shape {tuple(x.shape)}"
+        )
+    return images
 
 
 def _like(given: Tensor, images: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _fitted(frames: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
 def _to_pixels(frames: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) or (T, H, W, 3) -> (1 or T, 3, H, W) in [-1, 1]."""
     frames = frames[None] if frames.ndim == 3 else frames
-    return (torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2) - 127.5) / 127.5
+    return (torch.tensor(frames).permute(0, 3, 1, 2) - 127.5) / 127.5
 
 
 def given_latents(latents: Tensor | Sequence[Tensor], batch: int) -> Tensor:

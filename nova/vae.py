@@ -50,8 +50,6 @@ class CausalVideoVAE(nn.Module):
         memory_budget: int | None = DEFAULT_MEMORY_BUDGET,
     ):
         super().__init__()
-        if tile_latents < 2:
-            raise InputError(f"tile_latents must be at least 2, got {tile_latents}")
         self.config = config
         self.tile_latents = tile_latents
         self.memory_budget = memory_budget
@@ -66,6 +64,18 @@ class CausalVideoVAE(nn.Module):
         self.post_quant_conv = (
             conv(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
         )
+
+    @property
+    def tile_latents(self) -> int:
+        """Latent frames of a tile of time; may be set, to 2 or more."""
+        return self._tile_latents
+
+    @tile_latents.setter
+    def tile_latents(self, value: int) -> None:
+        # Tiles overlap by one: those of one latent would never advance.
+        if value < 2:
+            raise InputError(f"tile_latents must be at least 2, got {value}")
+        self._tile_latents = value
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Geometry of the causal video VAE, with the field names of diffusers' VAE configurations."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
@@ -84,11 +84,11 @@ class VAEConfig:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         for key in _UNSUPPORTED_KEYS:
             if config.pop(key, None) is not None:
-                raise ConfigError(f"VAE config sets `{key}`, which this VAE has not; remove it")
+                raise ConfigError(f"VAE config sets `{key}`, which is not supported; remove it")
         for key in _IGNORED_KEYS:
             config.pop(key, None)
         known = {field.name for field in fields(cls)}
-        required = [field.name for field in fields(cls)][:6]
+        required = [field.name for field in fields(cls) if field.default is MISSING]
         unknown = sorted(set(config) - known)
         missing = [key for key in required if config.get(key) is None]
         if unknown:
@@ -126,6 +126,9 @@ def _check(config: VAEConfig) -> None:
     for name, value in sizes:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"`{name}` must be positive integers, got {value!r}")
+    for name in ("use_quant_conv", "use_post_quant_conv"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"`{name}` must be true or false, got {getattr(config, name)!r}")
     indivisible = [c for c in config.block_out_channels if c % config.norm_num_groups]
     if indivisible:
         raise ConfigError(

@@ -222,7 +222,9 @@ def test_negative_prompts(pipe):
     negative = latents_of(pipe, negative_prompt="a blue square")
     assert not torch.allclose(negative, plain)
     embeds = pipe.encode_prompt(["a blue square"])
-    assert torch.equal(latents_of(pipe, negative_prompt_embeds=embeds), negative)
+    # Not bit for bit: alone, the prompt went through the text encoder in another batch.
+    given = latents_of(pipe, negative_prompt_embeds=embeds)
+    torch.testing.assert_close(given, negative, rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="negative_prompt"):
         latents_of(pipe, negative_prompt=["a", "b"])
 
@@ -256,7 +258,6 @@ def test_every_option_reaches_the_sampler(pipe, options):
 def test_motion_one_a_sample(pipe):
     two = latents_of(pipe, [PROMPT] * 2, motion_flow=[1.0, 9.0], generator=seeded(0, 1))
     one = latents_of(pipe, motion_flow=9.0, generator=seeded(1))
-    # guard against the generator being consumed: a list of one draws the same
     torch.testing.assert_close(two[1:], one, rtol=1e-3, atol=1e-4)
 
 
@@ -269,9 +270,7 @@ def test_output_types(pipe):
 
     uint8 = run("uint8")
     assert uint8.dtype == np.uint8
-    assert all(
-        np.array_equal(np.asarray(a), b) for a, b in zip(run("pil")[0], uint8[0], strict=True)
-    )
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in run("pil")[0]]), uint8[0])
     floats = run("np")
     assert floats.dtype == np.float32 and np.allclose(floats, uint8 / 255)
     tensor = run("pt")
