@@ -241,8 +241,7 @@ def _write_atomically(path: Path, write) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        mode = 0o666 & ~_umask()  # mkstemp makes private files; checkpoints are shared ones
-        temporary.chmod(mode)
+        temporary.chmod(shared_file_mode())
         temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from None
@@ -250,7 +249,8 @@ def _write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def shared_file_mode() -> int:
+    """The mode of ordinary new files; temporary files are private, checkpoints are not."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

@@ -73,4 +73,6 @@ def _per_sample(value: float | Sequence[float], batch: int, model: NOVATransform
     values = torch.as_tensor(value, dtype=torch.float32, device=model.device)
     if values.dim() == 1 and len(values) != batch:
         raise InputError(f"a list of motion_flow or fps needs {batch} values, got {len(values)}")
+    if not torch.isfinite(values).all():
+        raise InputError(f"motion_flow and fps must be finite numbers, got {value}")
     return values.expand(batch)

@@ -18,6 +18,8 @@ def check_device(device: str | torch.device | int) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"{device} is not supported; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = torch.version.cuda or torch.version.hip

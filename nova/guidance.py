@@ -1,5 +1,6 @@
 """Classifier-free guidance: how many passes run, and how their predictions combine."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ class Guidance:
     image_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"guidance {name} must be a finite number, got {value}")
         if self.image_scale < 0:
             raise InputError(f"image_guidance_scale must be 0 or above, got {self.image_scale}")
         if self.image_scale > 0 and self.scale <= 1:
@@ -58,12 +62,6 @@ class Guidance:
             return 0
         below = (i for i, t in enumerate(timesteps) if t < self.trunc)
         return next(below, len(timesteps))
-
-    def weights(self, scale: float) -> tuple[float, ...]:
-        """Weights of the passes in the guided prediction; with renorm, before the factor."""
-        if self.passes == 2:
-            return scale, 1 - scale
-        return scale, 1 - self.image_scale, self.image_scale - scale
 
 
 def guided_with_renorm(

@@ -5,7 +5,6 @@ along is never run.
 """
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import read_json, shared_file_mode
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 
 # Distinct prompts in one pass of the language model; bounds the memory of long prompt lists.
@@ -138,6 +138,8 @@ class TextEncoder:
                 folder.mkdir(parents=True, exist_ok=True)
             self.module.save_pretrained(text_encoder_dir)
             self.tokenizer.save_pretrained(tokenizer_dir)
+            for path in Path(text_encoder_dir).glob("*.safetensors"):
+                path.chmod(shared_file_mode())
         except OSError as error:
             raise CheckpointError(f"the text encoder cannot be saved: {error}.") from error
 
@@ -222,7 +224,7 @@ def _transformers() -> ModuleType:
 def _load_model(
     transformers: ModuleType, folder: Path, torch_dtype: torch.dtype | None, allow_pickle: bool
 ) -> nn.Module:
-    config = _read_json(folder, "config.json")
+    config = read_json(folder / "config.json")
     _refuse_custom_code(folder / "config.json", config)
     if config.get("is_encoder_decoder"):
         raise CheckpointError(
@@ -275,7 +277,7 @@ def _load_tokenizer(transformers: ModuleType, folder: Path) -> Any:
     if not folder.is_dir():
         raise CheckpointError(f"tokenizer folder {folder} does not exist; download it as well.")
     if (folder / "tokenizer_config.json").is_file():
-        config = _read_json(folder, "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         _refuse_custom_code(folder / "tokenizer_config.json", config)
     advice = "download its tokenizer.json (or vocab.json and merges.txt) again"
     with _third_party_errors(transformers, folder, advice):
@@ -287,20 +289,6 @@ def _load_tokenizer(transformers: ModuleType, folder: Path) -> Any:
     if not usable:
         raise CheckpointError(f"the tokenizer in {folder} has no vocabulary; {advice}.")
     return tokenizer
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"folder {folder} does not exist.")
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {name}; download it as well.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name} is not a JSON object.")
-    return content
 
 
 def _refuse_custom_code(path: Path, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,231 @@
+"""`nova doctor`: what is installed, what will run, and how to get what is missing."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+GIB = 2**30
+NOT_INSTALLED = "not installed"
+
+# Distribution -> (what needs it, the command that installs it).
+PACKAGES = {
+    "triton": ("Triton kernels, on GPUs", "pip install triton"),
+    "transformers": ("text encoders", "pip install transformers"),
+    "diffusers": ("SD and SDXL image VAEs", "pip install 'nova-kernels[diffusers]'"),
+    "av": ("videos", "pip install av"),
+    "pillow": ("images", "pip install pillow"),
+}
+# Other distributions of the same module.
+ALTERNATIVES = {
+    "triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
+}
+INSTALL_TORCH = "see https://pytorch.org/get-started/locally, or: pip install torch"
+INSTALL_NVCC = "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"
+REBUILD = "NOVA_CUDA=1 pip install --force-reinstall --no-deps nova-kernels"
+
+
+def examine() -> dict[str, Any]:
+    """All that `nova doctor` knows, as a dictionary that JSON can hold.
+
+    Nothing here raises: what cannot be found out is None, or said so.
+    """
+    torch, torch_error = _import("torch")
+    return {
+        "nova": __version__,
+        "python": platform.python_version(),
+        "torch": {
+            "version": torch.__version__ if torch else None,
+            "cuda_build": (torch.version.cuda or torch.version.hip) if torch else None,
+            "error": torch_error,
+        },
+        "packages": {name: _version_of(name) for name in PACKAGES},
+        "cuda_extension": _cuda_extension(),
+        "nvcc": _nvcc(),
+        "h264": _has_h264(),
+        "gpus": _gpus(torch) if torch else [],
+        "cpu": {
+            "threads": torch.get_num_threads() if torch else os.cpu_count(),
+            "free_memory_gib": _free_memory(),
+        },
+        "runs": _what_runs(torch) if torch else None,
+    }
+
+
+def missing(report: dict[str, Any]) -> dict[str, str]:
+    """What is missing in a report of `examine` -> what it is for, and how to get it.
+
+    Things that only a GPU needs are not missed where there is none.
+    """
+    wanted = {}
+    if report["torch"]["version"] is None:
+        wanted["torch"] = f"everything: {INSTALL_TORCH}"
+    for name, (purpose, command) in PACKAGES.items():
+        if report["packages"][name] is None and (report["gpus"] or name != "triton"):
+            wanted[name] = f"{purpose}: {command}"
+    if report["packages"]["av"] is not None and not report["h264"]:
+        wanted["libx264"] = "H.264 videos: pip install --force-reinstall --only-binary av av"
+    if report["gpus"]:
+        if not report["cuda_extension"]["cuda_extension"]:
+            if report["nvcc"] is None:
+                wanted["nvcc"] = f"building the CUDA extension: {INSTALL_NVCC}"
+            wanted["CUDA extension"] = f"CUDA kernels: {REBUILD}"
+    return wanted
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report of `examine` as a table, and what is missing below it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(show_header=False, title="nova doctor", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(report):
+        # Text, since versions and errors may hold what Rich takes for markup.
+        table.add_row(name, Text(value))
+    console.print(table)
+    wanted = missing(report)
+    if not wanted:
+        console.print("nothing is missing")
+    for name, advice in wanted.items():
+        # Commands are copied from here: they must not be broken into lines.
+        console.print(Text(f"missing: {name}, for {advice}"), soft_wrap=True)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("nova-kernels", report["nova"]), ("Python", report["python"])]
+    torch = report["torch"]
+    if torch["version"] is None:
+        rows.append(("torch", f"cannot be imported: {torch['error']}"))
+    else:
+        build = f"CUDA {torch['cuda_build']}" if torch["cuda_build"] else "CPU build"
+        rows.append(("torch", f"{torch['version']} ({build})"))
+    rows += [(name, version or NOT_INSTALLED) for name, version in report["packages"].items()]
+    rows.append(("H.264 encoder", "libx264, in PyAV" if report["h264"] else "none"))
+    rows.append(("nvcc", report["nvcc"] or "not found"))
+    rows.append(("CUDA extension", _extension_text(report["cuda_extension"])))
+    for gpu in report["gpus"]:
+        rows.append(
+            (
+                gpu["device"],
+                f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+                f"{gpu['free_memory_gib']} of {gpu['memory_gib']} GiB free",
+            )
+        )
+    if not report["gpus"]:
+        rows.append(("GPU", "none is visible"))
+    free = report["cpu"]["free_memory_gib"]
+    memory = "free memory unknown" if free is None else f"{free} GiB free"
+    rows.append(("CPU", f"{report['cpu']['threads']} threads, {memory}"))
+    if report["runs"] is not None:
+        rows.append(("will run", "{device}, {dtype}, {kernels} kernels".format(**report["runs"])))
+    return rows
+
+
+def _extension_text(info: dict[str, Any]) -> str:
+    if not info["cuda_extension"]:
+        return str(info["error"])
+    return f"CUDA {info['cuda_version']} for {', '.join(info['architectures'])}"
+
+
+def _import(name: str) -> tuple[Any, str | None]:
+    """The module, or None with the reason."""
+    try:
+        return importlib.import_module(name), None
+    except Exception as error:  # broken installations fail in many ways
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _version_of(distribution: str) -> str | None:
+    for name in (distribution, *ALTERNATIVES.get(distribution, ())):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cuda_extension() -> dict[str, Any]:
+    module, error = _import("nova_kernels.build_info")
+    return module.build_info() if module else {"cuda_extension": False, "error": error}
+
+
+def _nvcc() -> str | None:
+    """Path and release of the CUDA compiler; None where there is none."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    search_path = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders])
+    path = shutil.which("nvcc", path=search_path)
+    if path is None:
+        return None
+    try:
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path}, which does not run: {error}"
+    release = re.search(r"release ([\d.]+)", output.stdout)
+    return f"{path}, CUDA {release[1] if release else 'of unknown release'}"
+
+
+def _has_h264() -> bool:
+    av, _ = _import("av")
+    if av is None:
+        return False
+    try:
+        av.codec.Codec("libx264", "w")
+    except Exception:  # PyAV's own error type; any failure means that it cannot be used
+        return False
+    return True
+
+
+def _gpus(torch: Any) -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        try:
+            free = round(torch.cuda.mem_get_info(index)[0] / GIB, 1)
+        except RuntimeError:  # a GPU that another process has for itself
+            free = None
+        gpus.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / GIB, 1),
+                "free_memory_gib": free,
+            }
+        )
+    return gpus
+
+
+def _free_memory() -> float | None:
+    """GiB that programs can still have; None where the system does not say (outside Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return round(kibibytes[0] * 1024 / GIB, 1) if kibibytes else None
+
+
+def _what_runs(torch: Any) -> dict[str, str]:
+    from .device import choose_device, choose_dtype
+
+    device = choose_device(None)
+    dtype = choose_dtype(None, device)
+    return {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": "reference",
+    }

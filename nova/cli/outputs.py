@@ -1,0 +1,64 @@
+"""The files that `nova generate` writes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..media import (
+    VIDEO_SUFFIXES,
+    check_writable,
+    contact_sheet,
+    contact_sheet_path,
+    write_image,
+    write_video,
+)
+from ..media_libraries import require
+
+
+def check_output(path: Path) -> Path:
+    """Check before long work that an image or video can be written under this name.
+
+    Raises:
+        MediaError: unknown suffix, or the folder cannot be written to.
+        DependencyError: the library that writes the format is not installed.
+    """
+    path = check_writable(path)
+    require("PIL.Image")
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        require("av")
+    return path
+
+
+def check_latents_file(path: Path) -> Path:
+    """The same for the file of `--save-latents`."""
+    return check_writable(path, (".safetensors",))
+
+
+def write_sample(
+    path: Path, frames: np.ndarray, fps: float, *, caption: str | None, sheet: bool
+) -> list[str]:
+    """Write a clip as the suffix says: a video, one image, or a contact sheet of several frames.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        caption: text on the contact sheet.
+        sheet: write a contact sheet beside a video.
+
+    Returns:
+        One line for every file, which says what was written.
+    """
+    count, height, width = frames.shape[:3]
+    size = f"{height} x {width} pixels"
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        if count == 1:
+            write_image(path, frames[0])
+            return [f"{path}: {size}"]
+        write_image(path, contact_sheet(frames, caption=caption))
+        return [f"{path}: contact sheet of {count} frames of {size}"]
+    write_video(path, frames, fps)
+    lines = [f"{path}: {count} frames of {size}, {count / fps:.2f} s at {fps:g} fps"]
+    if sheet:
+        sheet_path = contact_sheet_path(path)
+        write_image(sheet_path, contact_sheet(frames, caption=caption))
+        lines.append(f"{sheet_path}: contact sheet")
+    return lines

@@ -1,0 +1,432 @@
+"""The command `nova`: what it writes, that its options reach the pipeline, and its exit codes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nova.cli import doctor
+from nova.cli.app import app
+from nova.media import read_image, read_video, write_image, write_video
+from nova.pipeline import NOVAPipeline
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--steps", "2", "--diffusion-steps", "2", "--device", "cpu", "--quiet"]
+FAST_CALL = {
+    "num_inference_steps": 2,
+    "num_diffusion_steps": 2,
+    "output_type": "latent",
+    "disable_progress_bar": True,
+}
+PROMPT = "a red square moves to the left"
+
+
+def run(*arguments):
+    # Without colours, which some CI services force, texts can be compared.
+    result = CliRunner(env={"NO_COLOR": "1"}).invoke(app, [str(text) for text in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def generate(*arguments):
+    """Run `nova generate` with few steps; returns what it printed."""
+    result = run("generate", *arguments, *FAST)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def latents_of(*arguments, folder, name="latents"):
+    """The latents (samples, channels, frames, h, w) that a run saves."""
+    path = folder / f"{name}.safetensors"
+    generate(*arguments, "--out", folder / f"{name}.png", "--save-latents", path)
+    return load_file(path)["latents"]
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def gradient(height, width, frames=None):
+    """A smooth picture, or a clip of it that gets brighter."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    picture = np.stack([rows * 2, columns * 2, (rows + columns)], axis=-1).astype(np.uint8)
+    if frames is None:
+        return picture
+    return np.stack([picture // 2 + 8 * k for k in range(frames)]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def video_pipeline(tiny_video_folder):
+    return NOVAPipeline.from_pretrained(tiny_video_folder)
+
+
+# Files that are written -----------------------------------------------------------------------
+
+
+def test_mp4_with_contact_sheet(tiny_video_folder, tmp_path):
+    out = tmp_path / "new" / "x.mp4"
+    printed = generate(
+        PROMPT, "--model", tiny_video_folder, "--out", out, "--latents", 2, "--fps", 6, "--seed", 7
+    )
+    frames, fps = read_video(out)
+    assert frames.shape == (5, 64, 96, 3)
+    assert fps == 6
+    assert read_image(tmp_path / "new" / "x_sheet.png").shape[1] > 96
+    assert "seed 7" in printed
+    assert f"{out}: 5 frames of 64 x 96 pixels, 0.83 s at 6 fps" in printed
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.mp4", "x_sheet.png"]
+
+
+def test_gif_without_contact_sheet(tiny_video_folder, tmp_path):
+    out = tmp_path / "x.gif"
+    generate(PROMPT, "--model", tiny_video_folder, "--out", out, "--latents", 2, "--no-sheet")
+    assert len(read_video(out)[0]) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gif"]
+
+
+def test_png_of_a_video_model_is_a_contact_sheet_or_one_frame(tiny_video_folder, tmp_path):
+    several, single = tmp_path / "several.png", tmp_path / "single.png"
+    printed = generate(
+        PROMPT, "--model", tiny_video_folder, "--out", several, "--latents", 2, "--seed", 1
+    )
+    assert "contact sheet of 5 frames" in printed
+    assert read_image(several).shape[1] > 2 * 96
+    generate(PROMPT, "--model", tiny_video_folder, "--out", single, "--latents", 1)
+    assert read_image(single).shape == (64, 96, 3)
+
+
+def test_image_and_class_models(tiny_image_folder, tiny_class_folder, tmp_path):
+    generate(PROMPT, "--model", tiny_image_folder, "--out", tmp_path / "i.png")
+    generate("--class-id", 7, "--model", tiny_class_folder, "--out", tmp_path / "c.jpg")
+    assert read_image(tmp_path / "i.png").shape == (64, 64, 3)
+    assert read_image(tmp_path / "c.jpg").shape == (64, 64, 3)
+
+
+def test_the_length_defaults_to_the_models(tiny_video_folder, tmp_path):
+    latents = latents_of(PROMPT, "--model", tiny_video_folder, folder=tmp_path)
+    assert latents.shape == (1, 4, 3, 8, 12)
+
+
+# Seeds and batches ----------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_a_result(tiny_video_folder, tmp_path):
+    common = [PROMPT, "--model", tiny_video_folder, "--latents", 2]
+    first = latents_of(*common, "--seed", 5, folder=tmp_path)
+    assert torch.equal(latents_of(*common, "--seed", 5, folder=tmp_path), first)
+    assert not torch.allclose(latents_of(*common, "--seed", 6, folder=tmp_path), first, atol=0.1)
+
+
+def test_a_random_seed_is_printed(tiny_video_folder, tmp_path):
+    common = [PROMPT, "--model", tiny_video_folder, "--latents", 1]
+    out, path = tmp_path / "x.png", tmp_path / "x.safetensors"
+    printed = [generate(*common, "--out", out, "--save-latents", path) for _ in range(2)]
+    seeds = [re.match(r"seed (\d+),", text)[1] for text in printed]
+    assert seeds[0] != seeds[1]
+    latents = load_file(path)["latents"]
+    assert torch.equal(latents_of(*common, "--seed", seeds[1], folder=tmp_path), latents)
+
+
+def test_batch_file_equals_single_runs(tiny_video_folder, tmp_path):
+    prompts = ["a red square moves up", "a blue ball", "a green star falls"]
+    text = f"# three shapes\n\n{prompts[0]}\n  {prompts[1]}  \n\n{prompts[2]}\n"
+    (tmp_path / "prompts.txt").write_text(text)
+    common = ["--model", tiny_video_folder, "--latents", 2]
+    singles = [
+        latents_of(prompt, "--seed", 10 + i, *common, folder=tmp_path, name="single")
+        for i, prompt in enumerate(prompts)
+    ]
+    (tmp_path / "single.png").unlink()
+    for batch_size in (1, 2):
+        batch = latents_of(
+            *("--batch-file", tmp_path / "prompts.txt", "--batch-size", batch_size),
+            *("--seed", 10, *common),
+            folder=tmp_path,
+            name="x",
+        )
+        torch.testing.assert_close(batch, torch.cat(singles), rtol=1e-4, atol=1e-4)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["x_000.png", "x_001.png", "x_002.png"]
+
+
+def test_num_makes_several_samples_of_a_prompt(tiny_image_folder, tmp_path):
+    common = [PROMPT, "--model", tiny_image_folder]
+    both = latents_of(
+        *common, "--num", 2, "--batch-size", 2, "--seed", 3, folder=tmp_path, name="x"
+    )
+    assert {p.name for p in tmp_path.glob("*.png")} == {"x_000.png", "x_001.png"}
+    second = latents_of(*common, "--seed", 4, folder=tmp_path)
+    torch.testing.assert_close(both[1:], second, rtol=1e-4, atol=1e-4)
+
+
+# Options reach the pipeline -------------------------------------------------------------------
+
+
+def test_image_to_video_equals_the_pipeline(video_pipeline, tiny_video_folder, tmp_path):
+    write_image(tmp_path / "start.png", gradient(64, 96))
+    latents = latents_of(
+        *(PROMPT, "--model", tiny_video_folder, "--image", tmp_path / "start.png"),
+        *("--latents", 2, "--seed", 4),
+        folder=tmp_path,
+    )
+    expected = video_pipeline(
+        PROMPT,
+        image=gradient(64, 96),
+        max_latent_length=2,
+        generator=seeded(4),
+        **FAST_CALL,
+    ).latents
+    torch.testing.assert_close(latents, expected)
+    other = latents_of(
+        PROMPT, "--model", tiny_video_folder, "--latents", 2, "--seed", 4, folder=tmp_path
+    )
+    assert not torch.allclose(latents, other, atol=0.1)
+
+
+def test_video_continuation_equals_the_pipeline(video_pipeline, tiny_video_folder, tmp_path):
+    clip = tmp_path / "start.mp4"
+    write_video(clip, gradient(64, 96, frames=5), 12)
+    latents = latents_of(
+        *(PROMPT, "--model", tiny_video_folder, "--video", clip, "--latents", 3, "--seed", 4),
+        folder=tmp_path,
+    )
+    expected = video_pipeline(
+        PROMPT, video=clip, max_latent_length=3, generator=seeded(4), **FAST_CALL
+    ).latents
+    assert latents.shape == (1, 4, 3, 8, 12)
+    torch.testing.assert_close(latents, expected)
+
+
+def test_prompt_embeds_stand_in_for_the_text_encoder(video_pipeline, tiny_video_folder, tmp_path):
+    path = tmp_path / "embeds.safetensors"
+    save_file({"prompt_embeds": video_pipeline.encode_prompt([PROMPT])[0]}, path)
+    common = ["--model", tiny_video_folder, "--latents", 1, "--seed", 2]
+    from_embeds = latents_of("--prompt-embeds", path, *common, folder=tmp_path)
+    from_prompt = latents_of(PROMPT, *common, folder=tmp_path)
+    torch.testing.assert_close(from_embeds, from_prompt)
+
+
+@pytest.mark.parametrize(
+    "options", [["--offload"], ["--text-encoder-device", "cpu"]], ids=["offload", "text encoder"]
+)
+def test_where_parts_are_does_not_change_the_result(tiny_video_folder, tmp_path, options):
+    common = [PROMPT, "--model", tiny_video_folder, "--latents", 1, "--seed", 2]
+    plain = latents_of(*common, folder=tmp_path)
+    torch.testing.assert_close(latents_of(*common, *options, folder=tmp_path), plain)
+
+
+def test_dtype(tiny_image_folder, tmp_path):
+    common = [PROMPT, "--model", tiny_image_folder]
+    assert latents_of(*common, folder=tmp_path).dtype == torch.float32
+    half = latents_of(*common, "--dtype", "bfloat16", folder=tmp_path)
+    assert half.dtype == torch.bfloat16
+
+
+def test_every_option_reaches_the_pipeline(tiny_video_folder, tmp_path, monkeypatch):
+    calls, tilings = [], []
+    original = NOVAPipeline.__call__
+
+    def record(self, **options):
+        calls.append(options)
+        tilings.append(self.vae.module.tiling)
+        return original(self, **options)
+
+    monkeypatch.setattr(NOVAPipeline, "__call__", record)
+    options = {
+        "--latents": ("max_latent_length", 2),
+        "--guidance": ("guidance_scale", 4.0),
+        "--min-guidance": ("min_guidance_scale", 2.0),
+        "--guidance-trunc": ("guidance_trunc", 100.0),
+        "--guidance-renorm": ("guidance_renorm", 0.5),
+        "--image-guidance": ("image_guidance_scale", 1.5),
+        "--flow-shift": ("flow_shift", 3.0),
+        "--motion": ("motion_flow", 9.0),
+        "--fps": ("fps", 8.0),
+        "--negative": ("negative_prompt", "a blue ball"),
+        "--context-frames": ("context_frames", 2),
+    }
+    flags = [text for flag, (_, value) in options.items() for text in (flag, value)]
+    generate(
+        PROMPT, "--model", tiny_video_folder, "--out", tmp_path / "x.gif", *flags, "--vae-tiling"
+    )
+    expected = {name: value for name, value in options.values()}
+    expected |= {"prompt": [PROMPT], "num_inference_steps": 2, "num_diffusion_steps": 2}
+    assert {name: calls[0][name] for name in expected} == expected
+    assert tilings[0] is not None
+
+
+def test_progress_bar_unless_quiet(tiny_video_folder, tmp_path):
+    common = ["generate", PROMPT, "--model", tiny_video_folder, "--out", tmp_path / "x.png"]
+    loud = run(*common, *[option for option in FAST if option != "--quiet"])
+    quiet = run(*common, *FAST)
+    assert "frames: 100%" in loud.stderr
+    assert quiet.stderr == ""
+
+
+def test_notes_replace_warnings(tiny_video_folder, tmp_path):
+    write_image(tmp_path / "start.png", gradient(50, 50))
+    result = run(
+        *("generate", "a red square " * 9, "--model", tiny_video_folder, *FAST),
+        *("--out", tmp_path / "x.png", "--image", tmp_path / "start.png", "--latents", 2),
+    )
+    notes = result.stderr.splitlines()
+    assert result.exit_code == 0
+    assert len(notes) == 2 and all(note.startswith("note: ") for note in notes)
+    assert "prompts may have 16 tokens" in result.stderr
+    assert "50 x 50 pixels is resized and cropped" in result.stderr
+    assert ".py" not in result.stderr
+
+
+# Exit codes and streams -----------------------------------------------------------------------
+
+
+def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path):
+    plain = run("info", tmp_path / "nothing")
+    assert plain.exit_code == 1
+    assert re.fullmatch(r"error: .*nothing is not a folder.*\n", plain.stderr)
+    command = [sys.executable, "-m", "nova", "info", str(tmp_path / "nothing"), "--debug"]
+    debug = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr and "CheckpointError" in debug.stderr
+
+
+def test_debug_through_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOVA_DEBUG", "1")
+    result = CliRunner().invoke(app, ["info", str(tmp_path / "nothing")])
+    assert type(result.exception).__name__ == "CheckpointError"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: 1 / 0)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_interrupt_exits_130_and_leaves_nothing(tiny_video_folder, tmp_path):
+    command = [sys.executable, "-m", "nova", "generate", PROMPT]
+    command += ["--model", str(tiny_video_folder), "--out", str(tmp_path / "x.mp4")]
+    command += ["--device", "cpu", "--steps", "24", "--diffusion-steps", "1000"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        errors = ""
+        while "sets:" not in errors and process.poll() is None:  # until it samples
+            errors += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        errors += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "PROMPT"),
+        (["a", "--class-id", "1"], "PROMPT and --class-id"),
+        (["a", "--steps", "0"], "--steps"),
+        (["a", "--latents", "-1"], "--latents"),
+        (["a", "--guidance", "nan"], "--guidance"),
+        (["a", "--seed", "-1"], "--seed"),
+        (["a", "--dtype", "int8"], "--dtype"),
+        (["--batch-file", "nothing.txt"], "--batch-file"),
+        (["a", "--offload", "--text-encoder-device", "cpu"], "--offload"),
+    ],
+)
+def test_usage_errors_exit_2(tmp_path, arguments, named):
+    result = run("generate", *arguments, "--model", "m", "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2
+    assert named in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+# doctor, info, help ---------------------------------------------------------------------------
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from nova.cli import main\n"
+        "sys.argv = ['nova', 'generate', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'PIL', 'av'} & set(sys.modules)\n"
+        "    print(sorted(heavy), file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--diffusion-steps" in result.stdout
+    assert result.stderr == "[]\n"
+
+
+def test_version():
+    result = subprocess.run(
+        [sys.executable, "-m", "nova", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"nova-kernels \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_doctor_json():
+    result = run("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["torch"]["version"] == torch.__version__
+    assert report["runs"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert report["h264"] is True
+    assert len(report["gpus"]) == torch.cuda.device_count()
+
+
+def test_doctor_table():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for text in ("torch", "transformers", "CUDA extension", "H.264 encoder", "will run"):
+        assert text in result.stdout
+
+
+def test_doctor_names_the_command_for_what_is_missing():
+    report = doctor.examine()
+    report["packages"]["av"] = None
+    report["gpus"] = []
+    assert doctor.missing(report)["av"] == "videos: pip install av"
+    assert "CUDA extension" not in doctor.missing(report)
+    report["gpus"] = [{"device": "cuda:0"}]
+    report["nvcc"] = None
+    report["cuda_extension"] = {"cuda_extension": False, "error": "not built"}
+    assert {"nvcc", "CUDA extension"} <= set(doctor.missing(report))
+
+
+def test_doctor_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "cannot be imported" in result.stdout
+    assert "pip install torch" in result.stdout
+
+
+def test_info_counts_parameters(video_pipeline, tiny_video_folder):
+    table, data = run("info", tiny_video_folder), run("info", tiny_video_folder, "--json")
+    description = json.loads(data.stdout)
+    assert table.exit_code == data.exit_code == 0
+    assert "text to video" in table.stdout
+    assert description["latent_shape"] == [4, 8, 12]
+    weights = video_pipeline.transformer.state_dict().values()
+    assert description["parameters"]["transformer"] == sum(weight.numel() for weight in weights)
+    assert description["text_encoder"] == "phi"
+
+
+def test_written_png_is_a_png(tiny_image_folder, tmp_path):
+    generate(PROMPT, "--model", tiny_image_folder, "--out", tmp_path / "X.PNG")
+    with Image.open(tmp_path / "X.PNG") as image:
+        assert image.format == "PNG"
