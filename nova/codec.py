@@ -37,7 +37,8 @@ class LatentCodec:
         """Open a vae/ folder.
 
         Args:
-            torch_dtype: of the weights; None: the file's.
+            torch_dtype: of the weights; None: the file's. Image VAEs whose config says
+                `force_upcast`, as SDXL's does, get float32 where float16 is asked for.
 
         Raises:
             CheckpointError: an unknown class, or weights that do not fit.
@@ -52,6 +53,8 @@ class LatentCodec:
                 module: nn.Module = CausalVideoVAE(VAEConfig.from_dict(config))
         elif name == IMAGE_CLASS:
             module = _image_vae(config)
+            if torch_dtype == torch.float16 and config.get("force_upcast"):
+                torch_dtype = torch.float32  # such VAEs overflow in float16
         else:
             raise CheckpointError(
                 f"{folder / 'config.json'} names the class {name!r}; known are "
@@ -114,10 +117,10 @@ class LatentCodec:
             (B, channels, h, w), or with the frame axis, in the module's dtype.
 
         Raises:
-            InputError: other shapes.
+            InputError: other shapes, or a batch size below 1.
         """
         encode = self.module.encode_moments if self.is_video else self._image_moments
-        moments = [encode(part) for part in pixels.split(batch_size)]
+        moments = [encode(part) for part in _parts(pixels, batch_size)]
         mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
         latents = sample_latents(mean, logvar, generator) if sample else mean
         return ((latents - self.shift_factor) * self.scaling_factor).to(self.module.dtype)
@@ -134,10 +137,10 @@ class LatentCodec:
             float32 (B, 3, H, W), or (B, 3, frames, H, W); nominally in [-1, 1], not clamped.
 
         Raises:
-            InputError: other shapes.
+            InputError: other shapes, or a batch size below 1.
         """
         decode = self.module.decode if self.is_video else self._decode_images
-        return torch.cat([decode(part).float() for part in latents.split(batch_size)])
+        return torch.cat([decode(part).float() for part in _parts(latents, batch_size)])
 
     def stream(self) -> StreamingDecoder:
         """Decodes latents (B, channels, n, h, w) as they come; see `StreamingDecoder`.
@@ -175,6 +178,12 @@ class LatentCodec:
         images = images / self.scaling_factor + self.shift_factor
         images = self.module.decode(images.to(self.module.device, self.module.dtype)).sample
         return _like(latents, images)
+
+
+def _parts(x: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    return x.split(batch_size)
 
 
 def _as_images(x: Tensor, channels: int, name: str) -> Tensor:

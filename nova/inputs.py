@@ -12,8 +12,8 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import InputError
 from .media import read_image, read_video
+from .media.pixels import fit
 from .model import NULL_CLASS, TextEmbed
-from .pixels import fit
 from .text import PromptTruncationWarning
 
 VIDEO_STRIDE = 4  # pixel frames of a latent frame, but for the first

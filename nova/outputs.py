@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import InputError
-from .pixels import to_uint8
+from .media.pixels import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 

@@ -288,7 +288,7 @@ def generate(
     if offload and text_encoder_device is not None:
         raise typer.BadParameter("--offload places the text encoder; leave out one of both.")
 
-    from ..video_writer import frame_rate
+    from ..media.video_writer import frame_rate
     from .outputs import check_latents_file, check_output
 
     out = check_output(out)

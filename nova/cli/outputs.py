@@ -12,7 +12,7 @@ from ..media import (
     write_image,
     write_video,
 )
-from ..media_libraries import require
+from ..media.libraries import require
 
 
 def check_output(path: Path) -> Path:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError
-from .media_libraries import require
+from ..errors import InputError
+from .libraries import require
 
 if TYPE_CHECKING:
     from torch import Tensor

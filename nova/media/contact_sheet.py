@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import DependencyError, InputError
+from ..errors import DependencyError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, MediaError
-from .media_libraries import accurate_conversion, require
+from ..errors import InputError, MediaError
+from .libraries import accurate_conversion, require
 from .pixels import as_clip
 
 H264_SUFFIXES = (".mp4", ".m4v", ".mov")

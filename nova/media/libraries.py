@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from .errors import DependencyError
+from ..errors import DependencyError
 
 
 def require(module: str) -> ModuleType:
