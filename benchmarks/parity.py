@@ -24,7 +24,7 @@ from nova.conditioning import Conditioning
 from nova.config import ModelConfig
 from nova.errors import NovaError
 from nova.guidance import Guidance
-from nova.model import NULL_CLASS, NOVATransformer
+from nova.model import DEFAULT_FPS, DEFAULT_MOTION_FLOW, NULL_CLASS, NOVATransformer
 from nova.noise import NoiseSource
 from nova.objective import TrainingDraws, training_losses
 from nova.sampling import generate_frames
@@ -46,6 +46,7 @@ OTHER_OPTIONS = {
     "max_latent_length",
     "motion_flow",
     "flow_shift",
+    "fps",
     "seed",
 }
 
@@ -84,11 +85,16 @@ def sampling_outputs(
         nulls = torch.full_like(labels, NULL_CLASS)
         conditioning = Conditioning.from_labels(model, labels, nulls, guidance)
     else:
-        prompts = vectors["in.prompt_embeds"]
-        flow = call["motion_flow"]
-        conditioning = Conditioning.from_text(model, prompts, None, guidance, motion_flow=flow)
+        prompts, negatives = (
+            model.text_embed.pad(list(vectors[key])) if key in vectors else None
+            for key in ("in.prompt_embeds", "in.negative_prompt_embeds")
+        )
+        motion = {"motion_flow": call.get("motion_flow", DEFAULT_MOTION_FLOW)}
+        motion["fps"] = call.get("fps") or DEFAULT_FPS
+        conditioning = Conditioning.from_text(model, prompts, negatives, guidance, **motion)
     given = vectors.get("in.prefill_latents")
-    given = None if given is None else given[:, :, None]
+    if given is not None and given.dim() == 4:
+        given = given[:, :, None]
     generator = torch.Generator().manual_seed(call["seed"])
     frames = sampler(
         model,

@@ -32,13 +32,18 @@ class LatentCodec:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, torch_dtype: torch.dtype | None = None
+        cls,
+        folder: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        *,
+        allow_pickle: bool = False,
     ) -> "LatentCodec":
         """Open a vae/ folder.
 
         Args:
             torch_dtype: of the weights; None: the file's. Image VAEs whose config says
                 `force_upcast`, as SDXL's does, get float32 where float16 is asked for.
+            allow_pickle: also read .bin weights, where there are no safetensors.
 
         Raises:
             CheckpointError: an unknown class, or weights that do not fit.
@@ -60,7 +65,8 @@ class LatentCodec:
                 f"{folder / 'config.json'} names the class {name!r}; known are "
                 f"{', '.join((*VIDEO_CLASSES, IMAGE_CLASS))}"
             )
-        load_strict(module, _renamed(load_state_dict(folder)), str(folder))
+        weights = load_state_dict(folder, allow_pickle=allow_pickle)
+        load_strict(module, _renamed(weights), str(folder))
         return cls(module if torch_dtype is None else module.to(torch_dtype))
 
     def save(self, folder: str | os.PathLike) -> None:

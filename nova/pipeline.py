@@ -111,7 +111,9 @@ class NOVAPipeline:
         load_strict(transformer, weights, str(folder / "transformer"))
         scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
         if vae == LOAD:
-            vae = LatentCodec.load(folder / "vae", dtype) if "vae" in parts else None
+            vae = None
+            if "vae" in parts:
+                vae = LatentCodec.load(folder / "vae", dtype, allow_pickle=allow_pickle)
         if text_encoder == LOAD:
             text_encoder = None
             if config.text_token_dim and "text_encoder" in parts:

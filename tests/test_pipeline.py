@@ -128,6 +128,19 @@ def test_variant(tiny_video_folder, tmp_path, pipe):
     assert torch.equal(latents_of(variant), latents_of(pipe))
 
 
+def test_pickled_weights_of_every_part(tiny_video_folder, tmp_path, pipe):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_video_folder, folder)
+    for path in folder.glob("*/*.safetensors"):
+        name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        nova.NOVAPipeline.from_pretrained(folder)
+    pickled = nova.NOVAPipeline.from_pretrained(folder, allow_pickle=True)
+    assert torch.equal(latents_of(pickled, image=picture()), latents_of(pipe, image=picture()))
+
+
 # Ways of sampling ----------------------------------------------------------------------------
 
 
