@@ -1,5 +1,6 @@
 """The causal video VAE: pixels to latents and back, tile by tile in time, streaming."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,8 @@ __all__ = ["CausalVideoVAE", "StreamingDecoder", "VAEConfig"]
 
 # Enough for the released model to keep all it can within 8 GB at 33 x 480 x 768 in float32,
 # weights and libraries included.
-DEFAULT_MEMORY_BUDGET = 6_000_000_000
+CPU_MEMORY_BUDGET = 6_000_000_000
+AUTO = "auto"
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -36,8 +38,9 @@ class CausalVideoVAE(nn.Module):
     Args:
         config: geometry.
         tile_latents: latent frames of a tile, at least 2.
-        memory_budget: bytes that hidden tensors may take, None for no limit. It is a goal: a few
-            frames of every layer must fit in any case, and weights are not counted.
+        memory_budget: bytes that hidden tensors may take; "auto": 6 GB on a CPU, most of the free
+            memory on a GPU; None: no limit. It is a goal: a few frames of every layer must fit in
+            any case, and weights are not counted.
 
     Raises:
         InputError: `tile_latents` below 2.
@@ -47,7 +50,7 @@ class CausalVideoVAE(nn.Module):
         self,
         config: VAEConfig,
         tile_latents: int = 5,
-        memory_budget: int | None = DEFAULT_MEMORY_BUDGET,
+        memory_budget: int | str | None = AUTO,
     ):
         super().__init__()
         self.config = config
@@ -203,7 +206,8 @@ class CausalVideoVAE(nn.Module):
         return blend_tiles(pixels, self._encode_frames, self.tiling, factor, 1)
 
     def _encode_frames(self, pixels: Tensor) -> Tensor:
-        if self._exceeds_budget(pixels[:, 0].numel() * self.config.block_out_channels[0]):
+        largest = pixels[:, 0].numel() * self.config.block_out_channels[0]
+        if self._plain_bytes(largest) > self._budget():
             return self.quant_conv(encode_framewise(self.encoder, pixels))
         return self.quant_conv(self.encoder(pixels))
 
@@ -219,15 +223,27 @@ class CausalVideoVAE(nn.Module):
         pixels = batch * frames * height * width * config.spatial_factor**2
         latents = self.post_quant_conv(latents)
         # The last upsampler gives the channels of the level before.
-        if self._exceeds_budget(pixels * max(config.block_out_channels[:2])):
-            return decode_framewise(self.decoder, latents, self.memory_budget)
+        budget = self._budget()
+        if self._plain_bytes(pixels * max(config.block_out_channels[:2])) > budget:
+            return decode_framewise(self.decoder, latents, budget)
         return self.decoder(latents)
 
-    def _exceeds_budget(self, largest_tensor: int) -> bool:
-        """Whether the plain forward pass, some four copies of its largest tensor, is too much."""
+    def _plain_bytes(self, largest: int) -> int:
+        """What the plain forward pass takes: some four copies of its largest tensor."""
+        return 4 * largest * self.dtype.itemsize
+
+    def _budget(self) -> float:
+        """Bytes that hidden tensors may take now."""
         if torch.is_grad_enabled() or self.memory_budget is None:
-            return False
-        return 4 * largest_tensor * self.dtype.itemsize > self.memory_budget
+            return math.inf
+        if self.memory_budget != AUTO:
+            return self.memory_budget
+        if self.device.type != "cuda":
+            return CPU_MEMORY_BUDGET
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # What torch holds without using it is free too; a tenth is left for fragments.
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return 0.9 * (free + held)
 
     def _check_pixels(self, video: Tensor) -> None:
         frames, height, width = video.shape[2:]

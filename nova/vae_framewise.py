@@ -31,7 +31,7 @@ from .vae_layers import (
 LAYOUT = torch.channels_last_3d
 
 
-def decode_framewise(decoder: Decoder, latents: Tensor, budget: int) -> Tensor:
+def decode_framewise(decoder: Decoder, latents: Tensor, budget: float) -> Tensor:
     """`decoder(latents)` with less memory.
 
     Args:
@@ -192,7 +192,7 @@ class ConvStream:
         return self._conv.convolve(self._window)
 
 
-def _res_block(block: ResBlock, frames: FrameList, budget: int) -> FrameList:
+def _res_block(block: ResBlock, frames: FrameList, budget: float) -> FrameList:
     """`block` on a video, whose frames are dropped on the way."""
     norm1 = NormSilu(block.norm1, frames.read_all())
 
@@ -219,7 +219,7 @@ def _res_block(block: ResBlock, frames: FrameList, budget: int) -> FrameList:
     return FrameList(output_frame(index) for index in range(len(frames)))
 
 
-def _upsample(layer: Upsample, frames: FrameList, budget: int) -> FrameList:
+def _upsample(layer: Upsample, frames: FrameList, budget: float) -> FrameList:
     """`layer` on a video; where space alone is doubled, the result may be computed when read."""
     if layer.in_time:
         conv = ConvStream(layer.conv)

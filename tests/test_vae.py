@@ -485,3 +485,16 @@ def test_gpu_equals_cpu(vae, golden, budget):
     stream = vae.stream()
     pieces = [stream.push(latents), stream.finish()]
     assert relative_error(torch.cat(pieces, dim=2).cpu(), decoded) < 1e-2
+
+
+def test_automatic_budget():
+    """Small clips take the plain pass on a CPU; an explicit budget or none overrides."""
+    vae = CausalVideoVAE(VAEConfig.tiny())
+    with torch.no_grad():
+        assert vae._budget() == 6e9
+        vae.memory_budget = 5
+        assert vae._budget() == 5
+        vae.memory_budget = None
+        assert vae._budget() == float("inf")
+    vae.memory_budget = 5
+    assert vae._budget() == float("inf")  # with gradients the plain pass is the only one
