@@ -19,19 +19,14 @@ from typing import Any
 
 import torch
 from measure import machine, peak_memory_bytes, relative_error, reset_peak_memory, timed
+from random_model import RandomModelRun
 from rich.console import Console
 from rich.table import Table
 
-from nova.conditioning import Conditioning
-from nova.config import named_config
 from nova.devices import check_device
 from nova.errors import NovaError
-from nova.guidance import Guidance
-from nova.model import NOVATransformer
-from nova.noise import NoiseSource
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
-from nova.schedule import FlowMatchConfig, set_sizes
 
 SAMPLERS: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
 # Outputs of all samplers must agree with plain's to this relative error.
@@ -73,55 +68,38 @@ def measure(
     workload: Workload, batch: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """Rows of all samplers for one workload and batch size; they take turns, `repeats` times."""
-    config = named_config(workload.geometry)
-    torch.manual_seed(0)
-    with device:
-        model = NOVATransformer(config).to(dtype).eval().requires_grad_(False)
-    sizes = set_sizes(config.num_image_tokens, workload.num_steps)
-    all_sets = len(sizes) * workload.num_frames
-    num_frames, done_sets = workload.num_frames, all_sets
-    if workload.num_sets is not None:
-        num_frames, sizes, done_sets = 1, sizes[: workload.num_sets], workload.num_sets
-    guidance = Guidance(scale=5.0)
-    prompts = torch.randn(batch, config.text_token_len, config.text_token_dim).to(device, dtype)
-    with torch.no_grad():
-        conditioning = Conditioning.from_text(model, prompts, None, guidance)
-
-    def sample(sampler: Callable) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        noise = NoiseSource(generator, batch, dtype=dtype, device=device)
-        frames = sampler(
-            model,
-            conditioning,
-            num_frames=num_frames,
-            set_sizes=sizes,
-            schedule=FlowMatchConfig().schedule(workload.num_diffusion_steps),
-            guidance=guidance,
-            noise=noise,
-        )
-        return torch.stack(list(frames), dim=2)
-
+    run = RandomModelRun(
+        workload.geometry,
+        batch=batch,
+        num_frames=workload.num_frames,
+        num_steps=workload.num_steps,
+        num_diffusion_steps=workload.num_diffusion_steps,
+        num_sets=workload.num_sets,
+        device=device,
+        dtype=dtype,
+    )
     latencies: dict[str, list[float]] = {name: [] for name in SAMPLERS}
     outputs, peaks = {}, {}
     for turn in range(workload.repeats):
         for name, sampler in SAMPLERS.items():
             reset_peak_memory(device)
-            outputs[name], latency = timed(lambda s=sampler: sample(s), device)
+            outputs[name], latency = timed(lambda s=sampler: run.sample(s), device)
             latencies[name].append(latency)
             peaks[name] = max(peaks.get(name, 0), peak_memory_bytes(device))
             if turn == 0 and workload.repeats > 1:
                 # The first run warms up; its time does not count.
-                _, latencies[name][0] = timed(lambda s=sampler: sample(s), device)
+                _, latencies[name][0] = timed(lambda s=sampler: run.sample(s), device)
     plain = statistics.median(latencies["plain"])
-    pixel_frames = (1 + 4 * (workload.num_frames - 1)) * done_sets / all_sets
+    share = run.sets_run / run.sets_of_video
+    pixel_frames = (1 + 4 * (workload.num_frames - 1)) * share
     geometry = f"{workload.geometry} T={workload.num_frames} A={workload.num_steps}"
     geometry += f" D={workload.num_diffusion_steps}"
     return [
         {
             "sampler": name,
             "geometry": geometry,
-            "sets_run": done_sets,
-            "sets_of_video": all_sets,
+            "sets_run": run.sets_run,
+            "sets_of_video": run.sets_of_video,
             "batch": batch,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),

@@ -1,5 +1,6 @@
 """What stands in front of the first frame, for all passes: text or label, and motion tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +71,9 @@ class Conditioning:
 
 
 def _per_sample(value: float | Sequence[float], batch: int, model: NOVATransformer) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float32, device=model.device)
-    if values.dim() == 1 and len(values) != batch:
+    values = list(value) if isinstance(value, Sequence) else [value] * batch
+    if len(values) != batch:
         raise InputError(f"a list of motion_flow or fps needs {batch} values, got {len(values)}")
-    if not torch.isfinite(values).all():
+    if not all(math.isfinite(v) for v in values):
         raise InputError(f"motion_flow and fps must be finite numbers, got {value}")
-    return values.expand(batch)
+    return torch.tensor(values, dtype=torch.float32, device=model.device)

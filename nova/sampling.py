@@ -162,14 +162,14 @@ def generate_frame(
     config = model.config
     patch_embed = model.image_encoder.patch_embed
     tokens = cond.new_zeros(*order.order.shape, config.token_dim)
-    embedded = torch.empty_like(order.masked, memory_format=torch.contiguous_format)
+    embedded = torch.empty_like(order.masked)
     start = 0
     for index, size in enumerate(set_sizes):
         stop = start + size
         z = model.encode_image(
             cond,
-            embedded[:, :start].repeat(order.passes, 1, 1),
-            order.masked[:, start:].repeat(order.passes, 1, 1),
+            embedded[:, :start],
+            order.masked[:, start:],
             rotary=order.rotary,
             rows=slice(start, stop),
         )
@@ -181,17 +181,15 @@ def generate_frame(
             guidance=guidance,
             scale=guidance.scale_at(index, len(set_sizes)),
         )
+        changed = start
         if on_set_end is not None:
             latents = unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)
             replaced = on_set_end(SetEnd(frame, index, len(set_sizes), latents))
             if replaced is not None:
                 raster = patchify(replaced.to(tokens), config.patch_size)
                 tokens[:, :stop] = order.select(raster, 0, stop)
-                embedded[:, :start] = (
-                    patch_embed.embed_tokens(tokens[:, :start]) + order.positions[:, :start]
-                )
-        embedded[:, start:stop] = (
-            patch_embed.embed_tokens(tokens[:, start:stop]) + order.positions[:, start:stop]
-        )
+                changed = 0
+        fresh = patch_embed.embed_tokens(tokens[:, changed:stop]) + order.positions[:, changed:stop]
+        embedded[:, changed:stop] = fresh.repeat(order.passes, 1, 1)
         start = stop
     return unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)

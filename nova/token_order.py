@@ -20,7 +20,7 @@ class TokenOrder:
     Attributes:
         order: (B, N) token index at every place.
         positions: (B, N, E) position table in this order; zeros (B, N, 1) with rotary.
-        masked: (B, N, E) mask token + positions.
+        masked: (passes * B, N, E) mask token + positions.
         rotary: table of [condition, tokens in order] for all passes; None with absolute positions.
         passes: guidance passes.
     """
@@ -45,6 +45,7 @@ class TokenOrder:
             in_order = torch.cat([cond, angles[order]], dim=1).repeat(passes, 1, 1)
             rotary = Rotary.from_angles(in_order, model.dtype)
         masked = (model.mask_embed.mask_token + positions).expand(*order.shape, -1)
+        masked = masked.repeat(passes, 1, 1)
         return cls(order, positions, masked, rotary, passes)
 
     def select(self, tokens: Tensor, start: int, stop: int) -> Tensor:
