@@ -4,26 +4,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import inputs
-from .checkpoint import (
-    find_folder,
-    load_state_dict,
-    load_strict,
-    read_json,
-    save_state_dict,
-    write_json,
-)
+from .checkpoint import find_folder
 from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
 from .devices import check_device, out_of_memory
-from .errors import CheckpointError, InputError
+from .errors import InputError
+from .folders import LOAD, load_parts, save_parts
 from .model import NOVATransformer
 from .noise import NoiseSource
 from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels
@@ -32,8 +25,6 @@ from .sampling import generate_frames
 from .schedule import (
     DiffusionSchedule,
     SchedulerConfig,
-    scheduler_from_dict,
-    scheduler_to_dict,
     set_sizes,
 )
 from .step_hooks import Interrupted, StepCallback, StepProgress, chain
@@ -41,7 +32,6 @@ from .text import TextEncoder
 
 # 33 frames, what the released video model was trained for; its time base (16) is longer.
 DEFAULT_LATENT_FRAMES = 9
-LOAD = "load"
 
 
 class NOVAPipeline:
@@ -101,55 +91,13 @@ class NOVAPipeline:
         """
         folder = find_folder(name_or_path, allow_pickle=allow_pickle, **hub_options)
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        parts = _parts_of(folder)
-        config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
-        with torch.device("meta"):
-            transformer = NOVATransformer(config)
-        weights = load_state_dict(
-            folder / "transformer", variant=variant, allow_pickle=allow_pickle
-        )
-        load_strict(transformer, weights, str(folder / "transformer"))
-        scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
-        if vae == LOAD:
-            vae = None
-            if "vae" in parts:
-                vae = LatentCodec.load(folder / "vae", dtype, allow_pickle=allow_pickle)
-        if text_encoder == LOAD:
-            text_encoder = None
-            if config.text_token_dim and "text_encoder" in parts:
-                text_encoder = TextEncoder.from_folders(
-                    folder / "text_encoder",
-                    folder / "tokenizer",
-                    max_length=config.text_token_len,
-                    torch_dtype=dtype,
-                    allow_pickle=allow_pickle,
-                )
-        _check_fit(config, vae, text_encoder)
-        return cls(transformer.to(dtype), scheduler, vae, text_encoder)
+        options = {"variant": variant, "allow_pickle": allow_pickle}
+        parts = load_parts(folder, dtype, vae=vae, text_encoder=text_encoder, **options)
+        return cls(*parts)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
-        folder = Path(folder)
-        transformer = {"_class_name": "NOVATransformer3DModel", **self.config.to_dict()}
-        write_json(folder / "transformer" / "config.json", transformer)
-        save_state_dict(self.transformer.state_dict(), folder / "transformer")
-        write_json(
-            folder / "scheduler" / "scheduler_config.json", scheduler_to_dict(self.scheduler)
-        )
-        index: dict[str, Any] = {
-            "_class_name": "NOVAPipeline",
-            "transformer": ["nova", "NOVATransformer3DModel"],
-            "scheduler": ["nova", scheduler_to_dict(self.scheduler)["_class_name"]],
-        }
-        if self.vae is not None:
-            self.vae.save(folder / "vae")
-            index["vae"] = ["nova", type(self.vae.module).__name__]
-        if self.text_encoder is not None:
-            self.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
-            index["text_encoder"] = ["transformers", type(self.text_encoder.module).__name__]
-            index["tokenizer"] = ["transformers", type(self.text_encoder.tokenizer).__name__]
-        # Last: a folder with an index is complete.
-        write_json(folder / "model_index.json", index)
+        save_parts(folder, self.transformer, self.scheduler, self.vae, self.text_encoder)
 
     # Devices ---------------------------------------------------------------------------------
 
@@ -452,34 +400,3 @@ class _Run:
             return []
         device, dtype = self.conditioning.tokens.device, self.conditioning.tokens.dtype
         return list(self.given.to(device, dtype).unbind(2))
-
-
-def _parts_of(folder: Path) -> set[str]:
-    """Optional parts that the folder has: named in model_index.json, and there."""
-    if not (folder / "transformer").is_dir():
-        raise CheckpointError(
-            f"{folder} has no transformer/ folder; is it a NOVA checkpoint in diffusers layout?"
-        )
-    optional = ("vae", "text_encoder", "tokenizer")
-    present = {name for name in optional if (folder / name).is_dir()}
-    index = folder / "model_index.json"
-    if not index.exists():
-        return present
-    # A part is left out by null entries, as diffusers writes them.
-    left_out = {name for name, entry in read_json(index).items() if entry in (None, [None, None])}
-    return present - left_out
-
-
-def _check_fit(
-    config: ModelConfig, vae: LatentCodec | None, text_encoder: TextEncoder | None
-) -> None:
-    if vae is not None and vae.latent_channels != config.image_dim:
-        raise CheckpointError(
-            f"the VAE has {vae.latent_channels} latent channels, the transformer takes "
-            f"{config.image_dim}; these parts do not belong together"
-        )
-    if text_encoder is not None and text_encoder.hidden_size != config.text_token_dim:
-        raise CheckpointError(
-            f"the text encoder gives {text_encoder.hidden_size} values a token, the transformer "
-            f"takes {config.text_token_dim}; these parts do not belong together"
-        )

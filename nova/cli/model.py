@@ -10,8 +10,9 @@ from ..checkpoint import find_folder, read_json
 from ..config import ModelConfig
 from ..devices import check_device, out_of_memory
 from ..errors import InputError
+from ..folders import LOAD
 from ..media import VIDEO_SUFFIXES
-from ..pipeline import DEFAULT_LATENT_FRAMES, LOAD, NOVAPipeline
+from ..pipeline import DEFAULT_LATENT_FRAMES, NOVAPipeline
 from ..request import Request
 from ..schedule import SchedulerConfig, scheduler_from_dict
 from .samples import Condition
