@@ -130,7 +130,11 @@ def build_parser() -> argparse.ArgumentParser:
     vae.add_argument("--encode", action="store_true", help="encode in place of decode")
     vae.add_argument("--tile-latents", type=int, default=5, help="latent frames of a tile")
     vae.add_argument("--tile-pixels", type=int, help="cut frames into square tiles of this size")
-    vae.add_argument("--memory-budget", type=float, help="GB for hidden tensors; default 6")
+    vae.add_argument(
+        "--memory-budget",
+        type=float,
+        help="GB for hidden tensors; default 6 on a CPU, most of the free memory on a GPU",
+    )
 
     sampling = parts.add_parser("sampling", parents=[common], help="the transformer alone")
     sampling.add_argument("--geometry", help="a size of nova.config.NAMED_CONFIGS")

@@ -20,11 +20,20 @@ PACKAGES = {
     "triton": ("Triton kernels, on GPUs", "pip install triton"),
     "transformers": ("text encoders", "pip install transformers"),
     "diffusers": ("SD and SDXL image VAEs", "pip install 'nova-kernels[diffusers]'"),
+    "opencv-python-headless": (
+        "motion scores, and measuring clips",
+        "pip install 'nova-kernels[motion]'",
+    ),
     "av": ("videos", "pip install av"),
     "pillow": ("images", "pip install pillow"),
 }
 # Other distributions of the same module.
 ALTERNATIVES = {
+    "opencv-python-headless": (
+        "opencv-python",
+        "opencv-contrib-python-headless",
+        "opencv-contrib-python",
+    ),
     "triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
 }
 INSTALL_TORCH = "see https://pytorch.org/get-started/locally, or: pip install torch"

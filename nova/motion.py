@@ -1,0 +1,84 @@
+"""Motion score of a clip: the mean length of its optical flow, by OpenCV.
+
+The unit is pixels a frame in a clip of 256 pixels on the shorter side at 12 frames a second, so
+that scores of clips of any size and rate can be compared. Training writes this number beside a
+clip, and `motion_flow` asks a model for it.
+
+The flow is that of dense inverse search (DIS). On plain surfaces, where nothing can be seen moving,
+it goes on from what moves nearby: a small shape on a plain background counts for more than its
+area.
+"""
+
+import math
+from types import ModuleType
+
+import numpy as np
+
+from .errors import DependencyError, InputError
+
+SHORTER_SIDE = 256  # pixels
+FPS = 12
+
+
+def motion_score(frames: np.ndarray, fps: float = FPS) -> float:
+    """Mean optical flow of a clip, in pixels a frame at 256 pixels and 12 frames a second.
+
+    Frames are scaled to a shorter side of 256 pixels, and of a clip with more than 12 frames a
+    second the nearest ones at 12 are compared; the mean is over all pixels and pairs of frames.
+    Same frames, same score.
+
+    Args:
+        frames: uint8 (T, H, W, 3), RGB, at least two frames.
+        fps: frames a second, above 0.
+
+    Raises:
+        InputError: wrong shape or dtype, fewer than two frames, or an unusable rate.
+        DependencyError: OpenCV is not installed.
+    """
+    shape, dtype = np.shape(frames), getattr(frames, "dtype", None)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise InputError(f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3)")
+    if shape[0] < 2:
+        raise InputError("a motion score needs at least two frames, got one")
+    if not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"fps must be a number above 0, got {fps}")
+    cv2 = require_opencv()
+    finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    indices = _frames_at_rate(shape[0], fps)
+    before = _gray(frames[0])
+    lengths = []
+    for gap, index in zip(np.diff(indices), indices[1:], strict=True):
+        after = _gray(frames[index])
+        flow = finder.calc(before, after, None)
+        lengths.append(np.linalg.norm(flow, axis=-1).mean() / gap)
+        before = after
+    return float(np.mean(lengths) * fps / FPS)
+
+
+def require_opencv() -> ModuleType:
+    """Import OpenCV, or say how to install it."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise DependencyError(
+            "optical flow, and measuring clips, need OpenCV: pip install 'nova-kernels[motion]'"
+        ) from error
+    return cv2
+
+
+def _frames_at_rate(count: int, fps: float) -> np.ndarray:
+    """Numbers of the frames nearest to 12 a second: all of a slower clip, at least two."""
+    step = min(max(fps / FPS, 1), count - 1)
+    return np.unique(np.arange(0, count - 0.5, step).round().astype(int))
+
+
+def _gray(frame: np.ndarray) -> np.ndarray:
+    """(H, W) gray levels, with the shorter side of `SHORTER_SIDE` pixels."""
+    cv2 = require_opencv()
+    gray = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
+    height, width = gray.shape
+    scale = SHORTER_SIDE / min(height, width)
+    if scale == 1:
+        return gray
+    size = (round(width * scale), round(height * scale))
+    return cv2.resize(gray, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
