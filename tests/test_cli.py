@@ -317,7 +317,13 @@ def test_interrupt_exits_130_and_leaves_nothing(tiny_video_folder, tmp_path):
     command += ["--model", str(tiny_video_folder), "--out", str(tmp_path / "x.mp4")]
     command += ["--device", "cpu", "--steps", "24", "--diffusion-steps", "1000"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         errors = ""
         while "sets:" not in errors and process.poll() is None:  # until it samples
