@@ -6,13 +6,13 @@ writes FOLDER/text_encoder and FOLDER/tokenizer, laid out as in a released check
 """
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiModel
+
+from nova.training.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 COLOURS = "red green blue yellow white orange purple pink grey black cyan magenta".split()
 SHAPES = "square circle triangle ball box star disc ring cross diamond".split()
@@ -30,7 +30,6 @@ MOTIONS = (
     "falls from the top to the bottom",
     "moves in a circle",
 )
-END_OF_TEXT = "<|endoftext|>"
 
 
 def make_tiny_text_encoder(
@@ -48,8 +47,8 @@ def make_tiny_text_encoder(
         (text_encoder_dir, tokenizer_dir) as paths.
     """
     text_encoder_dir, tokenizer_dir = Path(folder, "text_encoder"), Path(folder, "tokenizer")
-    tokenizer = _train_tokenizer(vocab_size)
-    _save_tokenizer(tokenizer, tokenizer_dir)
+    tokenizer = train_tokenizer(_sentences(), vocab_size)
+    save_tokenizer(tokenizer, tokenizer_dir)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     config = PhiConfig(
         vocab_size=vocab_size,
@@ -70,41 +69,13 @@ def make_tiny_text_encoder(
     return text_encoder_dir, tokenizer_dir
 
 
-def _train_tokenizer(vocab_size):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    sentences = [
+def _sentences():
+    return [
         f"{article} {colour} {shape} {motion} on a {background} background."
         for article, colour, shape, motion, background in product(
             ("a", "A", "The"), COLOURS, SHAPES, MOTIONS, ("white", "black")
         )
     ]
-    tokenizer.train_from_iterator(sentences, trainer)
-    return tokenizer
-
-
-def _save_tokenizer(tokenizer, folder):
-    """Write the files of Phi-2's tokenizer; every version of transformers reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    config = {
-        "tokenizer_class": "CodeGenTokenizerFast",
-        "add_prefix_space": False,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": 512,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():

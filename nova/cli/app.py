@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .errors import CommandGroup, DebugOption
 from .generate import generate
+from .train import encode, train, train_text_encoder, train_vae
 
 app = typer.Typer(
     name="nova",
@@ -21,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(encode)
+app.command()(train)
+app.command()(train_vae)
+app.command()(train_text_encoder)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 

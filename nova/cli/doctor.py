@@ -24,6 +24,8 @@ PACKAGES = {
         "motion scores, and measuring clips",
         "pip install 'nova-kernels[motion]'",
     ),
+    "accelerate": ("training", "pip install 'nova-kernels[train]'"),
+    "matplotlib": ("plots of training", "pip install 'nova-kernels[train]'"),
     "av": ("videos", "pip install av"),
     "pillow": ("images", "pip install pillow"),
 }

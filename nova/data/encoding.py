@@ -1,0 +1,240 @@
+"""Clips -> text embeddings and VAE posteriors in shards, once, so that training sees no pixels."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..checkpoint import save_state_dict, write_json
+from ..codec import LatentCodec
+from ..errors import CheckpointError, InputError, NovaError
+from ..text import TextEncoder
+from .clips import Clip, ClipSource
+from .pixels import to_pixels
+from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@torch.no_grad()
+def encode_clips(
+    source: ClipSource,
+    folder: str | os.PathLike,
+    codec: LatentCodec,
+    text_encoder: TextEncoder | None = None,
+    *,
+    shard_size: int = 256,
+    batch_size: int = 1,
+    dtype: str = "float16",
+    workers: int = 0,
+    show_progress: bool = True,
+) -> ShardIndex:
+    """Encode a source into a folder that `LatentDataset` reads.
+
+    A shard appears when it is finished; called again, the function goes on after the last one.
+    Clips that cannot be read are left out and listed, with the reason, in skipped.txt.
+
+    Args:
+        codec: its device and dtype are used; moments are stored unscaled.
+        text_encoder: for captions; None for a source of class labels.
+        shard_size: clips of a shard, the unit of resuming.
+        batch_size: clips that go through the VAE at a time.
+        dtype: "float16", "bfloat16" or "float32", what moments and embeddings are stored in.
+        workers: processes that read clips; 0: this one.
+
+    Returns:
+        The finished index.
+
+    Raises:
+        InputError: the folder holds data of other settings, no clip can be used, captions
+            without a text encoder, or values that do not fit `dtype`.
+    """
+    if min(shard_size, batch_size) < 1 or dtype not in DTYPES:
+        raise InputError(
+            f"shard_size {shard_size} and batch_size {batch_size} must be at least 1, and dtype "
+            f"{dtype!r} one of {list(DTYPES)}"
+        )
+    folder = Path(folder).expanduser()
+    index = _open_index(source, folder, codec, text_encoder, shard_size, dtype)
+    start = index.shards[-1].stop if index.shards else 0
+    clips = _read_clips(source, start, workers)
+    progress = tqdm(
+        total=len(source), initial=start, desc="encode", unit="clip", disable=not show_progress
+    )
+    with progress:
+        while not index.complete:
+            stop = min(start + shard_size, len(source))
+            usable: list[Clip] = []
+            skipped: list[list[str]] = []
+            for clip in islice(clips, stop - start):
+                # Reasons may have line breaks, the report has one line a clip.
+                if isinstance(clip, Clip):
+                    usable.append(clip)
+                else:
+                    skipped.append([" ".join(part.split()) for part in clip])
+                progress.update()
+            file = f"shard-{len(index.shards):05d}.safetensors"
+            shard = Shard(file, len(usable), start, stop, skipped)
+            if usable:
+                tensors = _encode(usable, codec, text_encoder, batch_size, DTYPES[dtype])
+                captions = [clip.caption or f"class {clip.label}" for clip in usable]
+                write_json(folder / shard.captions_file, {"captions": captions})
+                save_state_dict(tensors, folder, Path(file).stem)
+            index = index.with_shard(shard, complete=stop == len(source))
+            # Last: what the index names is there.
+            index.write(folder)
+            start = stop
+    if not index.samples:
+        raise InputError(f"no clip could be used; {folder / SKIPPED_NAME} says why")
+    return index
+
+
+def _open_index(
+    source: ClipSource,
+    folder: Path,
+    codec: LatentCodec,
+    text_encoder: TextEncoder | None,
+    shard_size: int,
+    dtype: str,
+) -> ShardIndex:
+    """The folder's index, or a new one."""
+    settings = {
+        "source": source.describe(),
+        "vae": fingerprint(codec.module),
+        "text_encoder": fingerprint(text_encoder.module) if text_encoder else None,
+        "shard_size": shard_size,
+        "dtype": dtype,
+    }
+    if (folder / INDEX_NAME).exists():
+        index = ShardIndex.read(folder)
+        changed = sorted(key for key in settings if index.settings.get(key) != settings[key])
+        if changed:
+            raise InputError(
+                f"{folder} holds data made with another {', '.join(changed)}; choose another "
+                "folder, or delete this one"
+            )
+        return index
+    wanted, factor = source.format, codec.spatial_factor
+    length = 1
+    if codec.is_video:
+        length += (wanted.num_frames - 1) // codec.module.config.temporal_factor
+    elif wanted.num_frames > 1:
+        raise InputError("an image VAE encodes images: num_frames must be 1")
+    if wanted.height % factor or wanted.width % factor:
+        raise InputError(
+            f"height and width must be multiples of {factor} for this VAE, got "
+            f"{wanted.height} x {wanted.width}"
+        )
+    return ShardIndex(
+        settings=settings,
+        latent_shape=(
+            codec.latent_channels,
+            length,
+            wanted.height // factor,
+            wanted.width // factor,
+        ),
+        text_dim=text_encoder.hidden_size if text_encoder else None,
+        scaling_factor=codec.scaling_factor,
+        shift_factor=codec.shift_factor,
+    )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short text that differs between weights that differ."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()}".encode())
+    return digest.hexdigest()[:16]
+
+
+class _Readable(Dataset):
+    """A source whose unreadable clips are [key, reason]: an error would end a worker process."""
+
+    def __init__(self, source: ClipSource, start: int):
+        self._source, self._start = source, start
+
+    def __len__(self) -> int:
+        return len(self._source) - self._start
+
+    def __getitem__(self, index: int) -> Clip | list[str]:
+        number = self._start + index
+        try:
+            return self._source[number]
+        except NovaError as error:
+            # Without an optional library nothing can be read.
+            if isinstance(error, ImportError):
+                raise
+            return [f"clip {number}", str(error)]
+
+
+def _read_clips(source: ClipSource, start: int, workers: int) -> Iterator[Clip | list[str]]:
+    if start == len(source):
+        return iter(())
+    loader = DataLoader(
+        _Readable(source, start), batch_size=None, num_workers=workers, collate_fn=_as_it_is
+    )
+    return iter(loader)
+
+
+def _as_it_is(clip: Any) -> Any:
+    return clip
+
+
+def _encode(
+    clips: list[Clip],
+    codec: LatentCodec,
+    text_encoder: TextEncoder | None,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors of a shard."""
+    moments = [
+        posterior_moments(codec, to_pixels([clip.frames for clip in clips[k : k + batch_size]]))
+        for k in range(0, len(clips), batch_size)
+    ]
+    mean, logvar = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
+    tensors = {
+        "mean": _stored(mean, dtype, "latents"),
+        "logvar": _stored(logvar, dtype, "latents"),
+        "motion_flow": torch.tensor([clip.motion_flow for clip in clips], dtype=torch.float32),
+        "fps": torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
+    }
+    if text_encoder is None:
+        if any(clip.label is None for clip in clips):
+            raise InputError("clips with captions need a text encoder")
+        return {**tensors, "label": torch.tensor([clip.label for clip in clips])}
+    if any(clip.caption is None for clip in clips):
+        raise InputError("clips with class labels alone take no text encoder")
+    embeddings = text_encoder.encode([clip.caption for clip in clips])
+    lengths = torch.tensor([0, *(len(embedding) for embedding in embeddings)])
+    text = torch.cat(embeddings).cpu()
+    return {
+        **tensors,
+        "text": _stored(text, dtype, "text embeddings"),
+        "text_offsets": lengths.cumsum(0),
+    }
+
+
+def posterior_moments(codec: LatentCodec, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (B, C, T, h, w), float32 and unscaled, of pixels (B, 3, F, H, W)."""
+    if codec.is_video:
+        return codec.module.encode_moments(pixels)
+    module = codec.module
+    posterior = module.encode(pixels[:, :, 0].to(module.device, module.dtype)).latent_dist
+    return posterior.mean.float()[:, :, None], posterior.logvar.float()[:, :, None]
+
+
+def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not x.isfinite().all():
+        raise CheckpointError(f"{name} are NaN or infinite; encode in float32 or bfloat16")
+    stored = x.to(dtype)
+    if not stored.isfinite().all():
+        raise InputError(f"{name} exceed the range of float16; store them in bfloat16")
+    return stored

@@ -1,0 +1,158 @@
+"""A folder of videos or images with captions, as a source of clips."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..media import fit, read_image, read_video
+from ..model import NUM_CLASSES
+from .clips import Clip, ClipFormat, measure_motion
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+CAPTIONS_FILE = "captions.jsonl"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    key: str
+    caption: str | None
+    label: int | None
+
+
+class FolderSource:
+    """Videos or images of a folder and the folders in it, one clip a file.
+
+    Captions stand in a text file beside each file (x.mp4, x.txt), or in one JSONL file with an
+    object a line: {"file": "x.mp4", "caption": "..."} or {"file": "x.png", "label": 7}, paths
+    relative to it. A clip is the first `num_frames` frames at the wanted rate, scaled to cover the
+    size and cut at the centre.
+
+    Args:
+        folder: searched in the order of names; with a JSONL file, its order counts.
+        clip_format: of the clips. Images are read where it has one frame.
+        captions: the JSONL file; None: captions.jsonl of the folder, or text files without it.
+        frames_only: for those who need no captions (which may be missing) and no motion scores.
+
+    Raises:
+        InputError: no folder, nothing in it, or a line of the JSONL file that is not as above.
+            What is wrong with single files is said when they are read.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        clip_format: ClipFormat,
+        captions: str | os.PathLike | None = None,
+        frames_only: bool = False,
+    ):
+        self.folder = Path(folder).expanduser()
+        self.format = clip_format
+        self._frames_only = frames_only
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is not a folder; give one with videos or images")
+        if captions is None and (self.folder / CAPTIONS_FILE).is_file():
+            captions = self.folder / CAPTIONS_FILE
+        if captions is not None:
+            self._entries = _read_captions(Path(captions).expanduser())
+        else:
+            self._entries = _find_files(self.folder)
+        if not self._entries:
+            suffixes = ", ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+            raise InputError(f"{captions or self.folder} names no file with one of {suffixes}")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Clip:
+        entry = self._entries[index]
+        caption = None if self._frames_only else self.caption(index)
+        frames, fps = self._read(entry.path)
+        frames, _ = fit(frames, self.format.height, self.format.width)
+        flow = 0.0 if self._frames_only else measure_motion(frames, fps)
+        return Clip(entry.key, frames, caption, entry.label, flow, fps)
+
+    def caption(self, index: int) -> str | None:
+        """Caption of clip `index`, without reading its frames; None for class labels."""
+        entry = self._entries[index]
+        if entry.caption is None and entry.label is None:
+            return _sidecar_caption(entry.path)
+        return entry.caption
+
+    def describe(self) -> dict[str, Any]:
+        listing = json.dumps([(e.key, e.caption, e.label) for e in self._entries])
+        return {
+            "kind": "folder",
+            "folder": str(self.folder.resolve()),
+            "files": len(self),
+            "listing": hashlib.sha256(listing.encode()).hexdigest(),
+            "format": self.format.to_dict(),
+        }
+
+    def _read(self, path: Path) -> tuple[np.ndarray, float]:
+        wanted = self.format
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if wanted.num_frames > 1:
+                raise InputError(f"{path} is an image; clips of {wanted.num_frames} are wanted")
+            return read_image(path)[None], wanted.fps
+        frames, fps = read_video(path, fps=wanted.fps, max_frames=wanted.num_frames)
+        if len(frames) < wanted.num_frames:
+            raise InputError(
+                f"{path} has {len(frames)} frames at {wanted.fps:g} a second; "
+                f"{wanted.num_frames} are needed"
+            )
+        return frames, fps
+
+
+def _find_files(folder: Path) -> list[_Entry]:
+    suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    return [_Entry(path, str(path.relative_to(folder)), None, None) for path in paths]
+
+
+def _sidecar_caption(path: Path) -> str:
+    sidecar = path.with_suffix(".txt")
+    try:
+        caption = " ".join(sidecar.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} has no caption: {sidecar.name} cannot be read: {error}") from None
+    if not caption:
+        raise InputError(f"{path} has no caption: {sidecar.name} is empty")
+    return caption
+
+
+def _read_captions(path: Path) -> list[_Entry]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    return [
+        _parse_line(line, path, number)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _parse_line(line: str, path: Path, number: int) -> _Entry:
+    try:
+        entry = json.loads(line)
+        file, caption, label = entry["file"], entry.get("caption"), entry.get("label")
+        known = set(entry) <= {"file", "caption", "label"}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        known, file, caption, label = False, None, None, None
+    has_caption = isinstance(caption, str) and caption.strip() != ""
+    is_class = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < NUM_CLASSES
+    right = known and isinstance(file, str) and (has_caption or caption is None)
+    if not (right and (is_class or (label is None and has_caption))):
+        raise InputError(
+            f"{path}, line {number}: expected an object with `file` and `caption` (a sentence), "
+            f"or `file` and `label` (0 to {NUM_CLASSES - 1}), got {line[:80]}"
+        )
+    return _Entry(path.parent / file, file, caption, label)

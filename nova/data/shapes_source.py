@@ -1,0 +1,80 @@
+"""The world of shapes (`nova.shapes`) as a source of clips."""
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .clips import Clip, ClipFormat, measure_motion
+
+_SMALLEST_SIDE = 16  # pixels that a shape can be drawn on
+
+
+class ShapesSource:
+    """Clips that are drawn when they are asked for; their ground truth is known.
+
+    Args:
+        size: number of clips.
+        clip_format: of the clips; the world of shapes has a frame rate of its own.
+        seed: other seeds are other clips.
+        held_out: False for training, True for the test split, None for both.
+        frames_only: for those who need no motion scores.
+
+    Raises:
+        InputError: no clips, or another frame rate.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        clip_format: ClipFormat,
+        seed: int = 0,
+        held_out: bool | None = False,
+        frames_only: bool = False,
+    ):
+        from ..shapes import FPS
+
+        if size < 1 or seed < 0:
+            raise InputError(f"size {size} must be at least 1, and seed {seed} at least 0")
+        if clip_format.fps != FPS:
+            raise InputError(f"shapes move at {FPS:g} frames a second, not {clip_format.fps:g}")
+        self.format = clip_format
+        self._size, self._seed, self._held_out = size, seed, held_out
+        self._frames_only = frames_only
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Clip:
+        wanted = self.format
+        frames, caption = self._draw(index, wanted.num_frames, wanted.height, wanted.width)
+        flow = 0.0 if self._frames_only else measure_motion(frames, wanted.fps)
+        return Clip(f"shapes-{self._seed}-{index}", frames, caption, None, flow, wanted.fps)
+
+    def caption(self, index: int) -> str:
+        """Caption of clip `index`."""
+        # Captions do not depend on the size, so the smallest picture will do.
+        return self._draw(index, 1, _SMALLEST_SIDE, _SMALLEST_SIDE)[1]
+
+    def _draw(self, index: int, num_frames: int, height: int, width: int) -> tuple[np.ndarray, str]:
+        from ..shapes import clip
+
+        if not 0 <= index < self._size:
+            raise IndexError(f"clip {index} of {self._size}")
+        return clip(
+            self._seed,
+            index,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            held_out=self._held_out,
+        )[:2]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "shapes",
+            "size": self._size,
+            "seed": self._seed,
+            "held_out": self._held_out,
+            "format": self.format.to_dict(),
+        }

@@ -1,0 +1,119 @@
+"""Checkpoint folders of a run: whole or not there, the newest few kept."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..checkpoint import read_json, write_json
+from ..errors import CheckpointError
+
+_PARTIAL = ".partial-"
+
+
+class Checkpoints:
+    """out/checkpoints: folders step-00001000, named by the steps done.
+
+    Args:
+        folder: of the run.
+        keep: so many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder / "checkpoints"
+        self.keep = keep
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def latest(self) -> Path | None:
+        found = self.all()
+        return found[-1] if found else None
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.folder / f"step-{step:08d}"
+
+    def clean(self) -> None:
+        """Remove what a killed run has left half written or half removed."""
+        for path in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(path)
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """A new folder to write into; it gets its name when all has gone well."""
+        target = self.path(step)
+        partial = self.folder / f"{_PARTIAL}{target.name}"
+        try:
+            self.clean()
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(target)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        for path in self.all()[: -self.keep]:
+            # A folder that is half removed must not look whole.
+            leaving = path.rename(path.with_name(f"{_PARTIAL}{path.name}"))
+            shutil.rmtree(leaving)
+
+
+class FrozenParts:
+    """VAE, text encoder and tokenizer that a checkpoint carries along unchanged.
+
+    Args:
+        vae, text_encoder, tokenizer: folders in diffusers' layout, or None.
+    """
+
+    def __init__(
+        self,
+        vae: Path | None = None,
+        text_encoder: Path | None = None,
+        tokenizer: Path | None = None,
+    ):
+        named = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        self.folders = {name: Path(path) for name, path in named.items() if path is not None}
+        missing = [str(path) for path in self.folders.values() if not path.is_dir()]
+        if missing:
+            raise CheckpointError(f"{', '.join(missing)} is not a folder")
+
+    @classmethod
+    def of(cls, folder: Path) -> "FrozenParts":
+        """Those that a checkpoint folder has."""
+        names = ("vae", "text_encoder", "tokenizer")
+        return cls(**{name: folder / name for name in names if (folder / name).is_dir()})
+
+    def link_into(self, folder: Path) -> None:
+        """Put the parts into a checkpoint folder and its model_index.json.
+
+        Hard links where the file system has them: a text encoder may be larger than the model.
+        """
+        index = read_json(folder / "model_index.json")
+        for name, source in self.folders.items():
+            for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                target = folder / name / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, target)
+            library = "nova" if name == "vae" else "transformers"
+            index[name] = [library, _class_of(source)]
+        write_json(folder / "model_index.json", index)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        # The hub's cache has symbolic links, which would point nowhere from here.
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _class_of(folder: Path) -> str | None:
+    """The class that a part's configuration names."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            architectures = config.get("architectures") or [None]
+            return config.get("_class_name") or architectures[0] or config.get("tokenizer_class")
+    return None

@@ -1,0 +1,163 @@
+"""Options of a training run, checked when they are made."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every training has: where it writes, how long it runs, how it optimises.
+
+    Attributes:
+        out: folder of the run: checkpoints/, samples/, metrics.csv, metrics.png.
+        steps: optimiser steps in all, those before a resume included.
+        batch_size: samples of an optimiser step, over all processes.
+        micro_batch_size: samples that a process computes at a time; the rest is accumulated.
+            None: all of its share. The result does not depend on it.
+        learning_rate: after the warm-up.
+        warmup_steps: linear, from 0.
+        schedule: "constant", or "cosine" down to min_learning_rate at the last step.
+        betas, weight_decay: of AdamW; weights of two and more dimensions decay.
+        max_grad_norm: gradients are scaled down to this norm; inf: never.
+        ema_decay: of the averaged weights, which checkpoints offer for use. In the first steps it
+            is (1 + step) / (10 + step), where that is less.
+        seed: of all that is random.
+        precision: "float32", or "bfloat16" for automatic mixed precision; weights stay float32.
+        device: "cpu" to keep off a GPU; None for what accelerate chooses.
+        save_every: steps between checkpoints; one is written at the end in any case.
+        keep: so many of the newest checkpoints are kept.
+        log_every: steps between rows of metrics.csv.
+        sample_every: steps between contact sheets; 0: none.
+        workers: processes that read data; 0: the training process reads.
+        resume: go on from the newest checkpoint in `out`, if there is one.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a value that is out of range.
+    """
+
+    out: Path
+    steps: int = 10_000
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 500
+    schedule: str = "constant"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    seed: int = 0
+    precision: str = "float32"
+    device: str | None = None
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 10
+    sample_every: int = 1000
+    workers: int = 0
+    resume: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out).expanduser())
+        positive = ("steps", "batch_size", "save_every", "keep", "log_every")
+        for name in (*positive, "warmup_steps", "sample_every", "workers", "seed"):
+            value, least = getattr(self, name), int(name in positive)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value}")
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema_decay)):
+            raise InputError("betas and ema_decay must lie in [0, 1)")
+        rates = (self.learning_rate, self.min_learning_rate, self.weight_decay)
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise InputError("learning rates and weight_decay must be finite, and not negative")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.device not in (None, "cpu"):
+            raise InputError(f"device must be cpu or left out, got {self.device!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(RunOptions):
+    """Options of `train`. Defaults are the reference's for fine-tuning.
+
+    Attributes:
+        loss_repeats: draws of noise and timestep for every token of a step.
+        prompt_dropout: share of samples whose prompt or class is replaced by the null one.
+        mask_ratio_mean, mask_ratio_std, mask_ratio_min: of the truncated normal distribution on
+            [min, 1] that the share of masked tokens is drawn from, once a step.
+        freeze_text_norm: keep the LayerNorm of the text embedding as it is.
+        freeze_motion: keep the motion embedding as it is; a model trained from nothing needs False.
+        activation_checkpointing: 0 none, 1 video encoder, 2 image encoder too, 3 diffusion MLP
+            too: less memory, more time.
+        sample_prompts: sentences of the contact sheets; empty: captions (or classes) of the data.
+        num_samples: clips on a sheet that takes them from the data.
+        sample_steps, sample_diffusion_steps, sample_guidance: of the sampler for the sheets.
+    """
+
+    loss_repeats: int = 4
+    prompt_dropout: float = 0.1
+    mask_ratio_mean: float = 1.0
+    mask_ratio_std: float = 0.25
+    mask_ratio_min: float = 0.7
+    freeze_text_norm: bool = True
+    freeze_motion: bool = True
+    activation_checkpointing: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    num_samples: int = 4
+    sample_steps: int = 32
+    sample_diffusion_steps: int = 25
+    sample_guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("loss_repeats", "num_samples", "sample_steps", "sample_diffusion_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"{name} must be a whole number of at least 1")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise InputError(f"prompt_dropout must lie in [0, 1], got {self.prompt_dropout}")
+        if not (0 < self.mask_ratio_min < 1 and self.mask_ratio_std > 0):
+            raise InputError("mask_ratio_min must lie in (0, 1), and mask_ratio_std be positive")
+        if self.activation_checkpointing not in (0, 1, 2, 3):
+            raise InputError(
+                f"activation_checkpointing must be 0, 1, 2 or 3, got "
+                f"{self.activation_checkpointing!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainingOptions(RunOptions):
+    """Options of `train_vae`.
+
+    Attributes:
+        kl_weight: of the KL divergence (summed over a latent's values, averaged over pixels'
+            number of values), small: latents should be smooth, not normal.
+        edge_weight: of the L1 distance of differences between neighbouring pixels, which keeps
+            edges sharp.
+        scale_clips: clips whose latents' standard deviation gives the scaling factor.
+        num_samples: clips on a contact sheet.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    kl_weight: float = 1e-6
+    edge_weight: float = 0.5
+    scale_clips: int = 64
+    num_samples: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.kl_weight, self.edge_weight) < 0:
+            raise InputError("kl_weight and edge_weight must not be negative")
+        if min(self.scale_clips, self.num_samples) < 1:
+            raise InputError("scale_clips and num_samples must be at least 1")

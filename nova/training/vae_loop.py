@@ -1,0 +1,207 @@
+"""Training a causal video VAE on clips: reconstruction, edges, a little KL divergence."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ..checkpoint import load_state_dict, load_strict
+from ..codec import LatentCodec
+from ..data import ClipSource, ShuffledOrder
+from ..data.pixels import to_pixels
+from ..data.seeds import keyed_generator
+from ..errors import InputError, NovaError
+from ..media import compare_clips, to_uint8, write_image
+from ..vae import CausalVideoVAE, VAEConfig
+from .engine import Engine, make_accelerator
+from .options import VAETrainingOptions
+from .run import OnStep, Weights, find_resumed, read_position, run_steps
+from .samples import StepSampler, load_batches
+from .state import load_training_state
+
+_NOISE = 4  # purpose of a generator, beside those of other draws
+_UNREADABLE_IN_A_ROW = 100
+_FIXED = ("seed",)
+
+
+def train_vae(
+    vae: CausalVideoVAE,
+    source: ClipSource,
+    options: VAETrainingOptions,
+    on_step: OnStep | None = None,
+) -> Path:
+    """Train, and write checkpoints whose vae/ folder `LatentCodec.load` opens.
+
+    The scaling factor in it is one over the standard deviation of latents of the source, so that
+    scaled latents have the deviation 1 that a diffusion model expects.
+
+    Args:
+        vae: float32, what to start from; trained in place. A resumed run puts the weights of its
+            checkpoint into it.
+        source: clips of one size; unreadable ones are passed over.
+        options: see `VAETrainingOptions`.
+        on_step: called after every step with the number of steps done and its metrics.
+
+    Returns:
+        The last checkpoint's folder.
+
+    Raises:
+        InputError: the clips do not fit the VAE, the batch cannot be split, or `out` has
+            checkpoints already and `resume` was not asked for.
+        DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
+        DependencyError: accelerate is not installed.
+    """
+    accelerator = make_accelerator(options)
+    clips = ClipSamples(source, vae.config, options.seed)
+    resumed = find_resumed(options, _FIXED)
+    if resumed is not None:
+        load_strict(vae, load_state_dict(resumed / "vae"), str(resumed / "vae"))
+    vae.train().requires_grad_(True)
+    engine = Engine(accelerator, VAEObjective(vae, options), options)
+    if resumed is not None:
+        load_training_state(engine, resumed)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    sampler = StepSampler(options, *read_position(resumed), rank, world_size)
+    batches = load_batches(clips, sampler, None, options.workers)
+    task = VAETask(clips, vae.config, options)
+    per_step = sampler.micro_batches_per_step
+    return run_steps(engine, task, batches, per_step, options, resumed, on_step)
+
+
+class VAEObjective(nn.Module):
+    """A VAE with its objective, as a module whose forward pass gives the losses."""
+
+    def __init__(self, vae: CausalVideoVAE, options: VAETrainingOptions):
+        super().__init__()
+        self.vae = vae
+        self.kl_weight, self.edge_weight = options.kl_weight, options.edge_weight
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            pixels: (B, 3, T, H, W) in [-1, 1].
+            noise: (B, C, t, h, w) normal, for the draw from the posterior.
+
+        Returns:
+            Scalars: loss, its parts l1, edge and kl (unweighted), and psnr in dB.
+        """
+        mean, logvar = self.vae.encode_moments(pixels)
+        output = self.vae.decode_unscaled(mean + (0.5 * logvar).exp() * noise).float()
+        l1 = F.l1_loss(output, pixels)
+        edge = edge_loss(output, pixels)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / pixels.numel()
+        mse = F.mse_loss(output.detach().clamp(-1, 1), pixels)
+        return {
+            "loss": l1 + self.edge_weight * edge + self.kl_weight * kl,
+            "l1": l1,
+            "edge": edge,
+            "kl": kl,
+            "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10)),
+        }
+
+
+def edge_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean distance of the differences between neighbours in height and width.
+
+    Args:
+        output, target: (..., H, W).
+    """
+    error = output - target
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+class ClipSamples(Dataset):
+    """Clips by (step, position) as pixels (3, T, H, W) with noise (C, t, h, w).
+
+    Raises:
+        InputError: clips of a size that the VAE does not take.
+    """
+
+    def __init__(self, source: ClipSource, config: VAEConfig, seed: int):
+        wanted, factor = source.format, config.spatial_factor
+        if wanted.height % factor or wanted.width % factor:
+            raise InputError(
+                f"height and width must be multiples of {factor} for this VAE, got "
+                f"{wanted.height} x {wanted.width}"
+            )
+        self.source, self._seed = source, seed
+        self._latent_shape = (
+            config.latent_channels,
+            1 + (wanted.num_frames - 1) // config.temporal_factor,
+            wanted.height // factor,
+            wanted.width // factor,
+        )
+        self._order = ShuffledOrder(len(source), seed)
+
+    def __getitem__(self, step_and_position: tuple[int, int]) -> dict[str, Tensor]:
+        _, position = step_and_position
+        generator = keyed_generator(self._seed, _NOISE, position)
+        noise = torch.randn(self._latent_shape, generator=generator)
+        return {"pixels": self._pixels(position), "noise": noise}
+
+    def first(self, count: int) -> Tensor:
+        """Pixels (n, 3, T, H, W) of the first clips in shuffled order, n <= count."""
+        return torch.stack([self._pixels(k) for k in range(min(count, len(self.source)))])
+
+    def _pixels(self, position: int) -> Tensor:
+        # The next readable clip takes the place of one that is not, the same on every run.
+        for later in range(_UNREADABLE_IN_A_ROW):
+            try:
+                clip = self.source[self._order[position + later]]
+            except NovaError as error:
+                # Without an optional library nothing can be read.
+                if isinstance(error, ImportError):
+                    raise
+                problem = error
+            else:
+                return to_pixels([clip.frames])[0]
+        raise InputError(
+            f"{_UNREADABLE_IN_A_ROW} clips in a row cannot be read, the last one because: {problem}"
+        )
+
+
+class VAETask:
+    """Checkpoints with a vae/ folder, sheets of originals and reconstructions. See `run.Task`."""
+
+    def __init__(self, clips: ClipSamples, config: VAEConfig, options: VAETrainingOptions):
+        self._clips, self._config, self._options = clips, config, options
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return {}
+
+    def save(self, folder: Path, weights: Weights) -> None:
+        codec = self._codec(weights)
+        factor = scaling_factor(codec, self._clips.first(self._options.scale_clips))
+        codec.module.config = replace(self._config, scaling_factor=factor)
+        codec.save(folder / "vae")
+
+    def write_sheet(self, path: Path, weights: Weights, device: torch.device) -> None:
+        codec = self._codec(weights)
+        codec.module.to(device)
+        pixels = self._clips.first(self._options.num_samples)
+        decoded = codec.decode(codec.encode(pixels, sample=False))
+        rows, captions = [], []
+        for original, copy in zip(to_uint8(pixels), to_uint8(decoded), strict=True):
+            rows += [original, copy]
+            captions += ["original", "through the VAE"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, compare_clips(rows, captions=captions))
+
+    def _codec(self, weights: Weights) -> LatentCodec:
+        with torch.device("meta"):
+            vae = CausalVideoVAE(self._config)
+        # The objective's parameters are the VAE's behind a prefix.
+        renamed = {name.removeprefix("vae."): tensor for name, tensor in weights.items()}
+        load_strict(vae, renamed, "the training")
+        return LatentCodec(vae)
+
+
+@torch.no_grad()
+def scaling_factor(codec: LatentCodec, pixels: Tensor) -> float:
+    """One over the standard deviation of the latents of pixels (B, 3, T, H, W)."""
+    latents = [codec.module.encode_moments(part)[0] for part in pixels.split(1)]
+    return 1.0 / max(float(torch.cat(latents).std()), 1e-6)

@@ -1,0 +1,324 @@
+"""Sources of clips, encoding into shards, and reading them back."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_data import GradientSource, write_latents
+
+from nova.codec import LatentCodec
+from nova.data import (
+    ClipFormat,
+    FolderSource,
+    LatentDataset,
+    ShapesSource,
+    ShuffledOrder,
+    encode_clips,
+    split_step,
+)
+from nova.data.encoding import posterior_moments
+from nova.data.pixels import to_pixels
+from nova.data.seeds import keyed_generator
+from nova.errors import CheckpointError, InputError
+from nova.media import write_image, write_video
+from nova.motion import motion_score
+from nova.text import TextEncoder
+from nova.training import new_vae
+from nova.vae import VAEConfig
+
+CLIP = ClipFormat(num_frames=5, height=32, width=48)
+IMAGE = ClipFormat(num_frames=1, height=32, width=32)
+
+
+def clip_frames(count, height=48, width=64):
+    """Frames that get brighter by 20 grey levels a frame, so that their numbers can be told."""
+    return np.stack([np.full((height, width, 3), 20 * k, np.uint8) for k in range(count)])
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return LatentCodec(new_vae(VAEConfig.tiny()))
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tiny_video_folder):
+    folders = tiny_video_folder / "text_encoder", tiny_video_folder / "tokenizer"
+    return TextEncoder.from_folders(*folders, max_length=16)
+
+
+# Folders --------------------------------------------------------------------------------------
+
+
+def test_videos_with_text_files(tmp_path):
+    write_video(tmp_path / "b.mp4", clip_frames(9), 12)
+    write_video(tmp_path / "deeper.mp4", clip_frames(9), 24)
+    (tmp_path / "b.txt").write_text("a gradient\n that brightens \n")
+    source = FolderSource(tmp_path, CLIP)
+    assert len(source) == 2
+    clip = source[0]
+    assert clip.key == "b.mp4" and clip.caption == "a gradient that brightens"
+    assert clip.frames.shape == (5, 32, 48, 3) and clip.frames.dtype == np.uint8
+    assert clip.fps == 12 and clip.label is None
+    assert clip.motion_flow == pytest.approx(motion_score(clip.frames, 12.0))
+    with pytest.raises(InputError, match=r"deeper.mp4 has no caption: deeper.txt cannot be read"):
+        source[1]
+    frames_only = FolderSource(tmp_path, CLIP, frames_only=True)[1]
+    assert (frames_only.caption, frames_only.motion_flow) == (None, 0.0)
+
+
+def test_frames_at_the_wanted_rate(tmp_path):
+    """At half the file's rate, every second frame."""
+    frames = clip_frames(10)
+    write_video(tmp_path / "a.mp4", frames, 24)
+    clip = FolderSource(tmp_path, ClipFormat(5, 48, 64), frames_only=True)[0]
+    brightness = clip.frames.reshape(5, -1).mean(1)
+    np.testing.assert_allclose(brightness, frames[::2].reshape(5, -1).mean(1), atol=3)
+
+
+def test_jsonl_with_captions_and_labels(tmp_path):
+    for name in ("x.png", "y.png"):
+        write_image(tmp_path / name, clip_frames(1)[0])
+    lines = [{"file": "y.png", "caption": "why"}, {"file": "x.png", "label": 7}]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    source = FolderSource(tmp_path, IMAGE)
+    assert [source[i].key for i in range(2)] == ["y.png", "x.png"]
+    assert source[0].frames.shape == (1, 32, 32, 3)
+    assert (source[0].caption, source[0].label, source[0].motion_flow) == ("why", None, 0.0)
+    assert (source[1].caption, source[1].label) == (None, 7)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"file": "x.png"}', '{"file": "x.png", "label": 1000}', '{"caption": "c"}', "[1]", "{",
+     '{"file": "x.png", "caption": ""}', '{"file": "x.png", "caption": "c", "more": 1}'],
+)  # fmt: skip
+def test_bad_lines_are_named(tmp_path, line):
+    captions = tmp_path / "list.jsonl"
+    captions.write_text('{"file": "x.png", "caption": "c"}\n' + line)
+    with pytest.raises(InputError, match="list.jsonl, line 2: expected"):
+        FolderSource(tmp_path, IMAGE, captions)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    write_video(tmp_path / "short.mp4", clip_frames(3), 12)
+    write_image(tmp_path / "still.png", clip_frames(1)[0])
+    source = FolderSource(tmp_path, CLIP, frames_only=True)
+    with pytest.raises(InputError, match="short.mp4 has 3 frames at 12 a second; 5 are needed"):
+        source[0]
+    with pytest.raises(InputError, match="still.png is an image; clips of 5 are wanted"):
+        source[1]
+    with pytest.raises(InputError, match="names no file"):
+        FolderSource(tmp_path / "..", CLIP, _jsonl(tmp_path, ""))
+    with pytest.raises(InputError, match="is not a folder"):
+        FolderSource(tmp_path / "absent", CLIP)
+
+
+def _jsonl(folder, text):
+    path = folder / "other.jsonl"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("values", [(4, 32, 32, 12), (0, 32, 32, 12), (5, 0, 32, 12), (5, 8, 8, 0)])
+def test_formats_that_no_clip_has(values):
+    with pytest.raises(InputError):
+        ClipFormat(*values)
+
+
+# Shapes ---------------------------------------------------------------------------------------
+
+
+def test_shapes_are_a_source():
+    source = ShapesSource(3, ClipFormat(5, 32, 32), seed=4)
+    clip = source[2]
+    assert clip.frames.shape == (5, 32, 32, 3)
+    assert clip.caption == source.caption(2) != source.caption(1)
+    assert clip.motion_flow == pytest.approx(motion_score(clip.frames, 12.0))
+    np.testing.assert_array_equal(clip.frames, source[2].frames)
+    assert source.describe() != ShapesSource(3, ClipFormat(5, 32, 32), seed=5).describe()
+    with pytest.raises(IndexError):
+        source[3]
+    with pytest.raises(InputError, match="12 frames a second"):
+        ShapesSource(3, ClipFormat(5, 32, 32, fps=24))
+
+
+# Encoding -------------------------------------------------------------------------------------
+
+
+def test_encoded_rows_are_what_the_models_give(tmp_path, codec, text_encoder):
+    source = GradientSource(5)
+    encode_clips(
+        source, tmp_path, codec, text_encoder, shard_size=2, batch_size=2, dtype="float32",
+        show_progress=False,
+    )  # fmt: skip
+    data = LatentDataset(tmp_path)
+    assert len(data) == 5 and data.latent_shape == (4, 2, 4, 4)
+    for index in (4, 0, 3):
+        clip, sample = source[index], data[index]
+        with torch.no_grad():
+            mean, logvar = posterior_moments(codec, to_pixels([clip.frames]))
+        torch.testing.assert_close(sample.mean, mean[0])
+        torch.testing.assert_close(sample.logvar, logvar[0])
+        torch.testing.assert_close(sample.text, text_encoder.encode([clip.caption])[0])
+        assert (sample.motion_flow, sample.fps) == (clip.motion_flow, 12.0)
+        assert data.caption(index) == clip.caption
+    latents = data.draw_latents(data[1], torch.Generator().manual_seed(3))
+    pixels = to_pixels([source[1].frames])
+    expected = codec.encode(pixels, torch.Generator().manual_seed(3))[0]
+    torch.testing.assert_close(latents, expected)
+
+
+def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
+    source = GradientSource(6, broken=(0, 1, 4))
+    options = {"shard_size": 2, "show_progress": False}
+    index = encode_clips(source, tmp_path, codec, text_encoder, **options)
+    assert index.complete and index.samples == 3
+    data = LatentDataset(tmp_path)
+    # The first shard has no clip at all, and no file.
+    assert [data.caption(i) for i in range(3)] == ["gradient 2", "gradient 3", "gradient 5"]
+    report = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert report == [f"clip {i}\tclip{i}.mp4 is damaged" for i in (0, 1, 4)]
+    with pytest.raises(InputError, match="no clip could be used"):
+        encode_clips(GradientSource(2, broken=(0, 1)), tmp_path / "none", codec, text_encoder,
+                     show_progress=False)  # fmt: skip
+
+
+class _Killed(BaseException):
+    pass
+
+
+def test_encoding_goes_on_where_it_was_killed(tmp_path, codec, text_encoder):
+    class Fragile(GradientSource):
+        deadly = 4
+
+        def __getitem__(self, index):
+            if index == self.deadly:
+                raise _Killed
+            return super().__getitem__(index)
+
+    options = {"shard_size": 3, "show_progress": False}
+    source = Fragile(8)
+    with pytest.raises(_Killed):
+        encode_clips(source, tmp_path / "a", codec, text_encoder, **options)
+    with pytest.raises(InputError, match="unfinished"):
+        LatentDataset(tmp_path / "a")
+    source.deadly, source.reads = None, []
+    encode_clips(source, tmp_path / "a", codec, text_encoder, **options)
+    assert source.reads == [3, 4, 5, 6, 7]  # the first shard is kept
+    encode_clips(GradientSource(8), tmp_path / "b", codec, text_encoder, **options)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    # Finished: nothing is read again.
+    source.reads = []
+    assert encode_clips(source, tmp_path / "a", codec, text_encoder, **options).samples == 8
+    assert source.reads == []
+
+
+def test_another_model_or_source_is_refused(tmp_path, codec, text_encoder):
+    options = {"shard_size": 3, "show_progress": False}
+    encode_clips(GradientSource(3), tmp_path, codec, text_encoder, **options)
+    with pytest.raises(InputError, match="another source;"):
+        encode_clips(GradientSource(4), tmp_path, codec, text_encoder, **options)
+    other = LatentCodec(new_vae(VAEConfig.tiny(), seed=1))
+    with pytest.raises(InputError, match="another vae;"):
+        encode_clips(GradientSource(3), tmp_path, other, text_encoder, **options)
+
+
+def test_class_labels(tmp_path, codec, text_encoder):
+    source = GradientSource(3, num_frames=1, labels=True)
+    encode_clips(source, tmp_path, codec, show_progress=False)
+    data = LatentDataset(tmp_path)
+    assert data.latent_shape == (4, 1, 4, 4)
+    assert [(data[i].label, data[i].text) for i in range(3)] == [(0, None), (1, None), (2, None)]
+    with pytest.raises(InputError, match="take no text encoder"):
+        encode_clips(source, tmp_path / "t", codec, text_encoder, show_progress=False)
+    with pytest.raises(InputError, match="need a text encoder"):
+        encode_clips(GradientSource(2), tmp_path / "c", codec, show_progress=False)
+
+
+def test_sizes_that_the_vae_does_not_take(tmp_path, codec, text_encoder):
+    with pytest.raises(InputError, match="multiples of 8"):
+        encode_clips(GradientSource(2, height=36), tmp_path, codec, text_encoder)
+    with pytest.raises(InputError, match="dtype 'int8'"):
+        encode_clips(GradientSource(2), tmp_path, codec, text_encoder, dtype="int8")
+
+
+# Data sets ------------------------------------------------------------------------------------
+
+
+def test_reading_in_worker_processes(tmp_path):
+    """An open data set can be sent to another process."""
+    data = write_latents(tmp_path, count=4)
+    before = data[3]
+    copy = pickle.loads(pickle.dumps(data))
+    torch.testing.assert_close(copy[3].mean, before.mean)
+    torch.testing.assert_close(copy[3].text, before.text)
+    with pytest.raises(IndexError):
+        data[4]
+
+
+def test_damaged_data_sets(tmp_path):
+    write_latents(tmp_path, count=4)
+    path = tmp_path / "shard-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert LatentDataset(tmp_path)[0].fps == 12
+    with pytest.raises(CheckpointError, match="shard-00001.safetensors is damaged"):
+        LatentDataset(tmp_path)[2]
+    path.unlink()
+    with pytest.raises(CheckpointError, match="lacks the shards"):
+        LatentDataset(tmp_path)
+    (tmp_path / "index.json").write_text('{"format": "nova-latents-1", "shards": [{}]}')
+    with pytest.raises(CheckpointError, match="damaged"):
+        LatentDataset(tmp_path)
+    with pytest.raises(InputError, match="make encoded data with: nova encode"):
+        LatentDataset(tmp_path / "absent")
+
+
+def test_shards_hold_tensors_alone(tmp_path):
+    write_latents(tmp_path, count=4)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".txt"}
+    assert set(load_file(tmp_path / "shard-00000.safetensors")) == {
+        "mean", "logvar", "motion_flow", "fps", "text", "text_offsets",
+    }  # fmt: skip
+
+
+# Order ----------------------------------------------------------------------------------------
+
+
+def test_every_epoch_has_every_sample_once():
+    order = ShuffledOrder(10, seed=3)
+    epochs = [[order[10 * epoch + k] for k in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # From any position, and backwards.
+    assert [ShuffledOrder(10, seed=3)[k] for k in (25, 3)] == [epochs[2][5], epochs[0][3]]
+    assert [ShuffledOrder(10, seed=4)[k] for k in range(10)] != epochs[0]
+
+
+@pytest.mark.parametrize("micro, world", [(12, 1), (1, 1), (2, 3), (3, 2), (1, 12), (6, 2)])
+def test_processes_share_every_sample_exactly_once(micro, world):
+    shares = [split_step(24, 12, micro, rank, world) for rank in range(world)]
+    assert all(len(micro_batch) == micro for share in shares for micro_batch in share)
+    taken = [p for share in shares for micro_batch in share for p in micro_batch]
+    assert sorted(taken) == list(range(24, 36))
+
+
+def test_batches_that_cannot_be_shared():
+    with pytest.raises(InputError, match="must be a multiple of 8"):
+        split_step(0, 12, 4, 0, 2)
+
+
+def test_generators_of_other_keys_differ():
+    draws = {
+        key: torch.rand((), generator=keyed_generator(*key)).item()
+        for key in ((0, 1), (1, 0), (0, 0, 1), (2, 3), (3, 2))
+    }
+    assert len(set(draws.values())) == len(draws)
+    assert torch.rand((), generator=keyed_generator(0, 1)).item() == draws[0, 1]

@@ -1,0 +1,514 @@
+"""Whole training runs: losses, checkpoints, exact resuming, several processes, commands."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import SMALL, SMALL_IMAGE
+from training_data import GradientSource, write_latents
+from typer.testing import CliRunner
+
+from nova.checkpoint import CheckpointError, write_json
+from nova.cli.app import app
+from nova.codec import LatentCodec
+from nova.data.pixels import to_pixels
+from nova.errors import InputError
+from nova.media import read_image, write_video
+from nova.pipeline import NOVAPipeline
+from nova.schedule import DDPMConfig, FlowMatchConfig
+from nova.text import TextEncoder
+from nova.training import (
+    DivergenceError,
+    FrozenParts,
+    TextEncoderOptions,
+    TrainingOptions,
+    VAETrainingOptions,
+    make_text_encoder,
+    new_model,
+    new_vae,
+    train,
+    train_vae,
+)
+from nova.training import run as training_run
+from nova.training.checkpoints import Checkpoints
+from nova.training.metrics import MetricsFile, plot_metrics, read_metrics
+from nova.vae import VAEConfig
+
+FLOW = FlowMatchConfig()
+TESTS = Path(__file__).parent
+SMALL_VAE = replace(
+    VAEConfig.tiny(), block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4
+)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """A plot takes longer than a few steps; one test asks for it."""
+    monkeypatch.setattr(training_run, "plot_metrics", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+def run(out, data, *, config=SMALL, scheduler=FLOW, parts=None, on_step=None, **values):
+    """Train a fresh model; returns the last checkpoint."""
+    given = {
+        "steps": 4, "batch_size": 4, "save_every": 2, "log_every": 1, "sample_every": 0,
+        "warmup_steps": 2, "freeze_motion": False, "device": "cpu", "progress": False,
+    }  # fmt: skip
+    options = TrainingOptions(out=out, **{**given, **values})
+    return train(new_model(config), scheduler, data, options, parts, on_step)
+
+
+class _Stop(BaseException):
+    pass
+
+
+def stop_after(step):
+    def on_step(done, _):
+        if done == step:
+            raise _Stop
+
+    return on_step
+
+
+def losses_of(folder):
+    columns = ("step", "loss", "loss_t2i", "grad_norm", "learning_rate", "mask_ratio")
+    return [tuple(row.get(name) for name in columns) for row in read_metrics(folder)]
+
+
+def assert_same_files(first, second):
+    """Two checkpoints hold the same bits."""
+    for name in ("transformer/diffusion_pytorch_model", "training_state/weights",
+                 "training_state/optimizer"):  # fmt: skip
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (first, second))
+        assert set(a) == set(b)
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+# Learning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [FLOW, DDPMConfig()], ids=["flow", "ddpm"])
+def test_the_loss_falls_on_one_clip(tmp_path, scheduler):
+    data = write_latents(tmp_path / "data", shape=(4, 2, 8, 8), count=1, shards=1)
+    losses = []
+    run(
+        tmp_path / "run", data, scheduler=scheduler, steps=60, learning_rate=3e-3,
+        prompt_dropout=0.0, warmup_steps=10, save_every=100,
+        on_step=lambda _, result: losses.append(result["loss"]),
+    )  # fmt: skip
+    first, last = np.mean(losses[:5]), np.mean(losses[-5:])
+    assert last < 0.5 * first, (first, last)
+
+
+# Resuming -------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path, data):
+    whole = run(tmp_path / "whole", data, steps=5)
+    # Between two checkpoints: step 3 is done twice.
+    with pytest.raises(_Stop):
+        run(tmp_path / "cut", data, steps=5, on_step=stop_after(3))
+    assert [row[0] for row in losses_of(tmp_path / "cut")] == [1, 2, 3]
+    resumed = run(tmp_path / "cut", data, steps=5, resume=True)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert [row[0] for row in losses_of(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    assert_same_files(whole, resumed)
+
+
+def test_resuming_with_other_micro_batches(tmp_path, data):
+    """What a step computes does not depend on how it is divided, up to rounding."""
+    run(tmp_path / "whole", data)
+    with pytest.raises(_Stop):
+        run(tmp_path / "cut", data, micro_batch_size=2, on_step=stop_after(2))
+    run(tmp_path / "cut", data, micro_batch_size=1, resume=True)
+    expected, found = (np.array(losses_of(tmp_path / n), float) for n in ("whole", "cut"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_resuming_with_activation_checkpointing(tmp_path, data):
+    whole = run(tmp_path / "whole", data)
+    with pytest.raises(_Stop):
+        run(tmp_path / "cut", data, activation_checkpointing=3, on_step=stop_after(2))
+    resumed = run(tmp_path / "cut", data, activation_checkpointing=2, resume=True)
+    assert_same_files(whole, resumed)
+
+
+def test_what_a_run_does_not_go_on_with(tmp_path, data):
+    run(tmp_path, data)
+    with pytest.raises(InputError, match="has checkpoints already; go on with --resume"):
+        run(tmp_path, data)
+    with pytest.raises(InputError, match="has 4 steps already"):
+        run(tmp_path, data, resume=True)
+    with pytest.raises(InputError, match="was started with seed=0"):
+        run(tmp_path, data, steps=6, seed=1, resume=True)
+    with pytest.raises(InputError, match="was started with freeze_motion=False"):
+        run(tmp_path, data, steps=6, freeze_motion=True, resume=True)
+    (tmp_path / "checkpoints/step-00000004/training_state/optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        run(tmp_path, data, steps=6, resume=True)
+
+
+def test_a_killed_command_goes_on_exactly(tmp_path, data):
+    """SIGKILL, at whatever step: the losses are those of a run that was left alone."""
+    write_json(tmp_path / "config.json", SMALL.to_dict())
+    arguments = [
+        "train", str(data.folder), "--config", str(tmp_path / "config.json"), "--steps", "400",
+        "--batch-size", "2", "--save-every", "2", "--log-every", "1", "--sample-every", "0",
+        "--warmup", "3", "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "nova", *arguments, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=TESTS.parent, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not Checkpoints(out, 3).all():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed_at = losses_of(out)[-1][0]
+    assert killed_at < 400
+    # The command's number of steps has no influence with a constant learning rate.
+    arguments[arguments.index("400")] = str(killed_at + 2)
+    for folder, flags in ((out, ["--resume"]), (tmp_path / "whole", [])):
+        result = CliRunner().invoke(app, [*arguments, "--out", str(folder), *flags])
+        assert result.exit_code == 0, result.output
+    assert losses_of(out) == losses_of(tmp_path / "whole")
+    assert not list((out / "checkpoints").glob(".partial*"))
+
+
+# Checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_samples(tmp_path, data, tiny_video_folder, monkeypatch):
+    monkeypatch.setattr(training_run, "plot_metrics", plot_metrics)
+    parts = FrozenParts.of(tiny_video_folder)
+    sheets = {"sample_every": 2, "num_samples": 2, "sample_steps": 2, "sample_diffusion_steps": 2}
+    checkpoint = run(tmp_path, data, parts=parts, steps=2, **sheets)
+    pipeline = NOVAPipeline.from_pretrained(checkpoint)
+    output = pipeline(
+        "a red square",
+        num_inference_steps=2,
+        num_diffusion_steps=2,
+        max_latent_length=2,
+        output_type="uint8",
+        disable_progress_bar=True,
+    )
+    assert output.frames.shape == (1, 5, 64, 64, 3)
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    assert index["vae"] == ["nova", "AutoencoderKLOpenSora"]
+    assert index["text_encoder"] == ["transformers", "PhiModel"]
+    # The averaged weights, not the last ones.
+    last = load_file(checkpoint / "training_state" / "weights.safetensors")
+    name = "image_decoder.head.weight"
+    assert not torch.equal(pipeline.transformer.state_dict()[name], last[f"model.{name}"])
+    # Two rows of five frames, of captions of the data.
+    assert read_image(tmp_path / "samples" / "step-00000002.png").shape[1] > 2 * 64
+    assert (tmp_path / "metrics.png").stat().st_size > 1000
+
+
+def test_sheets_of_sentences(tmp_path, data, tiny_video_folder):
+    sheets = {"sample_every": 1, "sample_steps": 1, "sample_diffusion_steps": 1}
+    run(tmp_path / "a", data, parts=FrozenParts.of(tiny_video_folder), steps=1,
+        sample_prompts=("a red square",), **sheets)  # fmt: skip
+    assert (tmp_path / "a" / "samples" / "step-00000001.png").exists()
+    with pytest.raises(InputError, match="sample_prompts need a text encoder"):
+        run(tmp_path / "b", data, parts=FrozenParts(tiny_video_folder / "vae"), steps=1,
+            sample_prompts=("a red square",), **sheets)  # fmt: skip
+
+
+def test_another_vae_than_the_datas(tmp_path, data):
+    LatentCodec(new_vae(replace(SMALL_VAE, scaling_factor=0.7))).save(tmp_path / "vae")
+    with pytest.raises(InputError, match="scaling factor 0.5, .*vae has 0.7"):
+        run(tmp_path / "run", data, parts=FrozenParts(tmp_path / "vae"))
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 9, 10):
+        with checkpoints.writing(step) as folder:
+            (folder / "x").write_text("whole")
+    assert sorted(checkpoints.folder.iterdir()) == [checkpoints.path(9), checkpoints.path(10)]
+    assert checkpoints.latest() == checkpoints.path(10)
+
+
+def test_a_failed_checkpoint_leaves_no_folder(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with checkpoints.writing(1) as folder:
+        (folder / "x").write_text("whole")
+    with (
+        pytest.raises(CheckpointError, match="cannot be written"),
+        checkpoints.writing(2) as folder,
+    ):
+        (folder / "x").write_text("half")
+        raise OSError("no space left")
+    assert checkpoints.all() == [checkpoints.path(1)]
+    checkpoints.clean()
+    assert list(checkpoints.folder.iterdir()) == [checkpoints.path(1)]
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
+    options = TrainingOptions(
+        out=tmp_path, steps=10, batch_size=2, save_every=2, sample_every=0, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    model = new_model(SMALL)
+
+    def damage(done, _):
+        if done == 3:
+            model.image_encoder.norm.weight.data.fill_(float("nan"))
+
+    with pytest.raises(DivergenceError, match="step 3: the loss is nan"):
+        train(model, FLOW, data, options, on_step=damage)
+    assert Checkpoints(tmp_path, 3).all() == [tmp_path / "checkpoints" / "step-00000002"]
+    weights = load_file(tmp_path / "checkpoints/step-00000002/training_state/weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_half_written_rows_are_dropped(tmp_path):
+    metrics = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "loss": 1 / step})
+    with metrics.path.open("a") as file:
+        file.write("4")
+    MetricsFile(tmp_path, 2)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+def test_images_train(tmp_path):
+    data = write_latents(tmp_path / "data", shape=(4, 1, 8, 8))
+    checkpoint = run(tmp_path / "run", data, config=SMALL_IMAGE, steps=2)
+    assert NOVAPipeline.from_pretrained(checkpoint).config == SMALL_IMAGE
+
+
+# Several processes ----------------------------------------------------------------------------
+
+_SCRIPT = """
+import os, sys
+import torch
+from safetensors.torch import save_file
+from small_models import SMALL
+from nova.data import LatentDataset
+from nova.schedule import FlowMatchConfig
+from nova.training import TrainingOptions, new_model, train
+
+torch.set_num_threads(1)
+folder, data = sys.argv[1:]
+for steps in (2, 3):
+    options = TrainingOptions(
+        out=folder + "/run", steps=steps, batch_size=4, micro_batch_size=1, save_every=2,
+        log_every=1, sample_every=0, warmup_steps=2, freeze_motion=False, device="cpu",
+        progress=False, resume=steps == 3,
+    )
+    model = new_model(SMALL)
+    train(model, FlowMatchConfig(), LatentDataset(data), options)
+save_file(model.state_dict(), f"{folder}/rank{os.environ['RANK']}.safetensors")
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs torch.distributed with gloo",
+)
+def test_two_processes_train_as_one(tmp_path, data):
+    """Ranks end with equal weights, and with the losses of a run in one process; resumed once."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(port), str(script), str(tmp_path), str(data.folder),
+    ]  # fmt: skip
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    run(tmp_path / "one", data, steps=3, save_every=3, batch_size=4)
+    expected, found = (np.array(losses_of(tmp_path / n), float) for n in ("one", "run"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+# VAE ------------------------------------------------------------------------------------------
+
+
+def run_vae(out, source, on_step=None, **values):
+    given = {
+        "steps": 4, "batch_size": 2, "save_every": 2, "log_every": 1, "sample_every": 0,
+        "warmup_steps": 2, "scale_clips": 4, "device": "cpu", "progress": False,
+    }  # fmt: skip
+    options = VAETrainingOptions(out=out, **{**given, **values})
+    return train_vae(new_vae(SMALL_VAE), source, options, on_step)
+
+
+def test_vae_learns_and_sets_its_scale(tmp_path):
+    source = GradientSource(4, broken=(2,))
+    results = []
+    checkpoint = run_vae(
+        tmp_path, source, steps=20, save_every=100, sample_every=20, learning_rate=2e-3,
+        ema_decay=0.5, on_step=lambda _, result: results.append(result),
+    )  # fmt: skip
+    assert results[-1]["loss"] < 0.6 * results[0]["loss"]
+    assert results[-1]["psnr"] > results[0]["psnr"] + 2
+    codec = LatentCodec.load(checkpoint / "vae")
+    pixels = to_pixels([source[i].frames for i in (0, 1, 3)])
+    assert codec.encode(pixels, sample=False).std().item() == pytest.approx(1.0, rel=0.05)
+    # The averaged weights reconstruct about as well as the last ones.
+    error = (codec.decode(codec.encode(pixels, sample=False)) - pixels).clamp(-2, 2)
+    assert 10 * np.log10(4 / error.square().mean().item()) > results[0]["psnr"] + 2
+    assert read_image(tmp_path / "samples" / "step-00000020.png").ndim == 3
+
+
+def test_a_stopped_vae_run_goes_on_exactly(tmp_path):
+    source = GradientSource(4, num_frames=1)
+    whole = run_vae(tmp_path / "whole", source)
+    with pytest.raises(_Stop):
+        run_vae(tmp_path / "cut", source, on_step=stop_after(3))
+    resumed = run_vae(tmp_path / "cut", source, resume=True)
+    for name in ("vae/diffusion_pytorch_model", "training_state/weights"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [row[1] for row in losses_of(tmp_path / "whole")] == [
+        row[1] for row in losses_of(tmp_path / "cut")
+    ]
+
+
+def test_a_source_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="cannot be read, the last one because: clip"):
+        run_vae(tmp_path, GradientSource(3, broken=range(3)))
+
+
+# Text encoder ---------------------------------------------------------------------------------
+
+
+def test_a_text_encoder_learns_captions(tmp_path):
+    captions = [
+        f"a {color} {shape} moving {where}"
+        for color in ("red", "green", "blue")
+        for shape in ("circle", "square", "star")
+        for where in ("left", "right", "up")
+    ]
+    losses = []
+    options = TextEncoderOptions(
+        hidden_size=32, num_layers=1, num_heads=2, vocab_size=300, steps=80
+    )
+    folders = make_text_encoder(
+        captions, tmp_path, options, on_step=lambda _, loss: losses.append(loss),
+        show_progress=False,
+    )  # fmt: skip
+    assert losses[-1] < 0.5 * losses[0]
+    encoder = TextEncoder.from_folders(*folders, max_length=32)
+    (embedding,) = encoder.encode([captions[0]])
+    assert embedding.shape[1] == encoder.hidden_size == 32
+    assert encoder.tokenizer.decode(encoder.tokenizer(captions[0]).input_ids) == captions[0]
+    with pytest.raises(InputError, match="needs captions"):
+        make_text_encoder([], tmp_path)
+    with pytest.raises(InputError, match="multiple of 4"):
+        TextEncoderOptions(hidden_size=30)
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+def nova(*arguments):
+    result = CliRunner(env={"NO_COLOR": "1"}).invoke(app, [str(text) for text in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_commands_from_clips_to_a_sample(tmp_path, tiny_video_folder):
+    """encode, train, generate, on a folder with a broken file."""
+    clips = tmp_path / "clips"
+    source = GradientSource(3, height=64, width=96)
+    for index in range(3):
+        write_video(clips / f"{index}.mp4", source[index].frames, 12)
+        (clips / f"{index}.txt").write_text(f"a gradient {index}")
+    (clips / "1.mp4").write_bytes(b"no video")
+    data, out = tmp_path / "data", tmp_path / "run"
+    result = nova("encode", clips, "--model", tiny_video_folder, "--frames", 5, "--out", data,
+                  "--device", "cpu", "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "2 clips, latents of 4 x 2 x 8 x 12" in result.stdout
+    assert "skipped.txt: 1 clips" in result.stdout
+    assert "1.mp4" in (data / "skipped.txt").read_text()
+    result = nova("train", data, "--model", tiny_video_folder, "--out", out, "--steps", 2,
+                  "--batch-size", 2, "--device", "cpu", "--quiet", "--sample-every", 2,
+                  "--sample-steps", 1, "--sample-diffusion-steps", 1)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    checkpoint = out / "checkpoints" / "step-00000002"
+    assert f"wrote {checkpoint}" in result.stdout
+    # Fine-tuning leaves the motion embedding as it was.
+    before, after = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        for folder in (tiny_video_folder, checkpoint)
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "motion_embed" not in changed and "image_encoder" in changed
+    result = nova("generate", "a gradient", "--model", checkpoint, "--out", tmp_path / "x.png",
+                  "--steps", 1, "--diffusion-steps", 1, "--device", "cpu", "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+
+
+def test_commands_from_nothing(tmp_path):
+    """A VAE and a text encoder of shapes, then a model on their encodings."""
+    result = nova("train-text-encoder", "shapes", "--clips", 20, "--width", 32, "--layers", 1,
+                  "--steps", 2, "--out", tmp_path / "text", "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    result = nova("train-vae", "shapes", "--clips", 4, "--size", 64, 64, "--frames", 5, "--config",
+                  "tiny", "--steps", 1, "--batch-size", 1, "--sample-every", 0, "--device", "cpu",
+                  "--out", tmp_path / "vae", "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    vae = tmp_path / "vae" / "checkpoints" / "step-00000001" / "vae"
+    result = nova("encode", "shapes", "--clips", 3, "--size", 64, 64, "--frames", 5, "--vae", vae,
+                  "--text-encoder", tmp_path / "text", "--device", "cpu", "--quiet",
+                  "--out", tmp_path / "data")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    write_json(tmp_path / "config.json", SMALL.to_dict())
+    result = nova("train", tmp_path / "data", "--config", tmp_path / "config.json", "--vae", vae,
+                  "--text-encoder", tmp_path / "text", "--steps", 1, "--batch-size", 2, "--ddpm",
+                  "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "run",
+                  "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    pipeline = NOVAPipeline.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert isinstance(pipeline.scheduler, DDPMConfig)
+    assert pipeline.text_encoder.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["train", "absent", "--config", "tiny-video"], 1, "make encoded data with: nova encode"),
+        (["train", "x", "--config", "a", "--model", "b"], 2, "Give one of --model and --config"),
+        (["train", "x", "--model", "b", "--ddpm"], 2, "go with --config"),
+        (["train", "x", "--config", "a", "--precision", "half"], 1, "precision must be one of"),
+        (["encode", "absent", "--vae", "v"], 2, "Give --size"),
+        (["train-vae", "absent", "--size", "64", "64", "--config", "tiny"], 1, "is not a folder"),
+        (["train-vae", "shapes", "--size", "64", "64", "--config", "no"], 1, "neither a file nor"),
+    ],
+)
+def test_bad_usage(tmp_path, arguments, code, message):
+    result = nova(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
