@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 from .noise import Generators
-from .vae import CausalVideoVAE, VAEConfig, sample_latents
-from .vae_stream import StreamingDecoder
+from .vae import CausalVideoVAE, StreamingDecoder, VAEConfig, sample_latents
 
 VIDEO_CLASSES = ("AutoencoderKLOpenSora", "CausalVideoVAE")
 IMAGE_CLASS = "AutoencoderKL"

@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import nova.vae
 from nova.errors import ConfigError, InputError
-from nova.vae import CausalVideoVAE, VAEConfig
-from nova.vae_framewise import decode_framewise
-from nova.vae_layers import CausalConv3d
-from nova.vae_tiles import SpatialTiling, blend_tiles, time_tiles
+from nova.vae import CausalVideoVAE, VAEConfig, autoencoder
+from nova.vae.framewise import decode_framewise
+from nova.vae.layers import CausalConv3d
+from nova.vae.tiles import SpatialTiling, blend_tiles, time_tiles
 
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
 
@@ -138,8 +137,8 @@ def test_which_path_is_taken(vae, monkeypatch):
     taken = []
 
     def spy(name):
-        function = getattr(nova.vae, name)
-        monkeypatch.setattr(nova.vae, name, lambda *a: taken.append(name) or function(*a))
+        function = getattr(autoencoder, name)
+        monkeypatch.setattr(autoencoder, name, lambda *a: taken.append(name) or function(*a))
 
     spy("decode_framewise")
     spy("encode_framewise")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .vae_config import VAEConfig, is_causal
+from .config import VAEConfig, is_causal
 
 NORM_EPS = 1e-6
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def time_tiles(length: int, tile: int) -> Iterator[tuple[int, int]]:

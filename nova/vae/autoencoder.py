@@ -6,15 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .noise import Generators, NoiseSource
-from .vae_config import VAEConfig
-from .vae_framewise import decode_framewise, encode_framewise
-from .vae_layers import Decoder, Encoder
-from .vae_stream import StreamingDecoder
-from .vae_tiles import SpatialTiling, blend_tiles, time_tiles
-
-__all__ = ["CausalVideoVAE", "StreamingDecoder", "VAEConfig"]
+from ..errors import InputError
+from ..noise import Generators, NoiseSource
+from .config import VAEConfig
+from .framewise import decode_framewise, encode_framewise
+from .layers import Decoder, Encoder
+from .stream import StreamingDecoder
+from .tiles import SpatialTiling, blend_tiles, time_tiles
 
 # Enough for the released model to keep all it can within 8 GB at 33 x 480 x 768 in float32,
 # weights and libraries included.
@@ -33,7 +31,7 @@ class CausalVideoVAE(nn.Module):
     `tile_latents` is part of the result, and 5 is what the released model was trained for.
 
     Without gradients, a tile whose plain forward pass would take more than `memory_budget` bytes
-    is computed frame by frame instead (see `vae_framewise`), with the same result to rounding.
+    is computed frame by frame instead (see `framewise`), with the same result to rounding.
 
     Args:
         config: geometry.

@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # Keys that VAE configurations carry and that change nothing here: SiLU is the only activation,
 # frames may have any size, and the precision is the caller's choice.
@@ -161,7 +161,7 @@ def _check_block_types(config: VAEConfig) -> None:
             )
     if len({is_causal(kind) for kind in config.up_block_types}) > 1:
         raise ConfigError(f"`up_block_types` must be all 2D or all 3D, got {config.up_block_types}")
-    # The last of a 3D decoder's upsamplers leaves time alone, see `vae_layers.Decoder`.
+    # The last of a 3D decoder's upsamplers leaves time alone, see `layers.Decoder`.
     upsampled = max(levels - 2, 0) if is_causal(config.up_block_types[0]) else 0
     if config.temporal_factor != 2**upsampled:
         raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .vae_layers import (
+from .layers import (
     CausalConv3d,
     Decoder,
     Downsample,
@@ -233,7 +233,7 @@ def _upsample(layer: Upsample, frames: FrameList, budget: float) -> FrameList:
 
 
 def _interpolate(frames: FrameList) -> Iterator[Tensor]:
-    """The frames that `vae_layers.Upsample` gives its convolution when it doubles time.
+    """The frames that `layers.Upsample` gives its convolution when it doubles time.
 
     Linear interpolation to twice the frames puts one a quarter before and one a quarter behind
     every frame; at both ends the missing neighbour is the frame itself.
