@@ -63,9 +63,9 @@ def denoise(
         chunk = head.steps_per_chunk(rows)
         for start in range(first, last, chunk):
             stop = min(start + chunk, last)
-            vectors = head.modulate(condition[:rows], start, stop)
+            vectors = head.modulate(condition[:rows], start, stop, passes)
             for d in range(start, stop):
-                predictions = head.predict(x, vectors[d - start], passes)
+                predictions = head.predict(x, vectors[d - start])
                 factor = None
                 if passes > 1 and outside is not None:
                     shaped = predictions.unflatten(1, (batch, size))

@@ -153,10 +153,16 @@ class PreparedHead:
         item = self._patch_weight.element_size()
         return max(1, MODULATION_BUDGET // (per_step * item))
 
-    def modulate(self, condition: Tensor, start: int, stop: int) -> list[StepVectors]:
-        """The vectors of denoise steps start..stop-1 for conditions (rows, dim)."""
+    def modulate(self, condition: Tensor, start: int, stop: int, passes: int) -> list[StepVectors]:
+        """The vectors of denoise steps start..stop-1 for conditions (passes * n, dim).
+
+        Every vector is (passes, n, dim).
+        """
         z = F.silu(condition + self._time_embeddings[start:stop, None])
-        vectors = [F.linear(z, weight, bias) for weight, bias in self._projections]
+        vectors = [
+            F.linear(z, weight, bias).unflatten(1, (passes, -1))
+            for weight, bias in self._projections
+        ]
         blocks = [v.unflatten(-1, (3, -1)).unbind(-2) for v in vectors[:-1]]
         final = vectors[-1].unflatten(-1, (2, -1)).unbind(-2)
         return [
@@ -167,20 +173,19 @@ class PreparedHead:
             for d in range(stop - start)
         ]
 
-    def predict(self, x: Tensor, vectors: StepVectors, passes: int) -> Tensor:
+    def predict(self, x: Tensor, vectors: StepVectors) -> Tensor:
         """Predictions of one denoise step.
 
         Args:
-            x: (rows / passes, token_dim) noisy tokens, shared by all guidance passes.
-            vectors: `modulate`'s result for this step, for all rows, pass-major.
-            passes: number of guidance passes.
+            x: (n, token_dim) noisy tokens, shared by all guidance passes.
+            vectors: `modulate`'s result for this step.
 
         Returns:
-            (passes, rows / passes, token_dim).
+            (passes, n, token_dim).
         """
         head = self._head
-        x = F.linear(x, self._patch_weight, head.patch_embed.proj.bias)
-        h = x.repeat(passes, 1) if passes > 1 else x
+        # One pass until the first block's vectors, which differ between passes, broadcast it.
+        h = F.linear(x, self._patch_weight, head.patch_embed.proj.bias)[None]
         width = h.shape[-1:]
         for block, (scale, shift, gate) in zip(head.blocks, vectors.blocks, strict=True):
             y = torch.addcmul(shift, F.layer_norm(h, width, eps=ADA_NORM_EPS), scale)
@@ -188,7 +193,7 @@ class PreparedHead:
             h = torch.addcmul(h, gate, block.norm2(y))
         scale, shift = vectors.final
         h = torch.addcmul(shift, F.layer_norm(h, width, eps=ADA_NORM_EPS), scale)
-        return head.head(h).unflatten(0, (passes, -1))
+        return head.head(h)
 
 
 def _with_unit_scale(proj: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -66,9 +66,9 @@ def test_packed_head_with_precomputed_modulation_equals_the_layer():
     model, schedule = small_model(), SCHEDULES["flow"]
     head = prepared(model)
     cond, x = torch.randn(2 * 5, 64), torch.randn(5, 16)
-    vectors = head.modulate(head.condition(cond), 0, len(schedule))
+    vectors = head.modulate(head.condition(cond), 0, len(schedule), passes=2)
     for d, timestep in enumerate(schedule.timesteps):
-        packed = head.predict(x, vectors[d], passes=2)
+        packed = head.predict(x, vectors[d])
         layer = model.image_decoder(x.repeat(2, 1), torch.tensor([timestep]), cond)
         assert_same(packed.flatten(0, 1), layer)
 
