@@ -49,7 +49,7 @@ class Workload:
     num_diffusion_steps: int
     num_sets: int | None = None
     batches: tuple[int, ...] = (1, 4)
-    repeats: int = 3
+    repeats: int = 5
 
 
 CPU_WORKLOADS = (
