@@ -1,9 +1,11 @@
 """One interface over the video VAE of this package and the SD / SDXL image VAE of diffusers."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -183,6 +185,12 @@ class LatentCodec:
         images = images / self.scaling_factor + self.shift_factor
         images = self.module.decode(images.to(self.module.device, self.module.dtype)).sample
         return _like(latents, images)
+
+
+def to_pixels(clips: Sequence[np.ndarray]) -> Tensor:
+    """Clips uint8 (T, H, W, 3) of equal shape -> float32 (B, 3, T, H, W) in [-1, 1]."""
+    frames = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return (frames.float() - 127.5) / 127.5
 
 
 def _parts(x: Tensor, batch_size: int) -> tuple[Tensor, ...]:

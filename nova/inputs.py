@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codec import to_pixels
 from .config import ModelConfig
 from .errors import InputError
 from .media import read_image, read_video
@@ -116,7 +117,7 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     """
     images = image if isinstance(image, list | tuple) else [image]
     arrays = [_array(one, read_image, 3, "image") for one in images]
-    return torch.stack([_to_pixels(_fitted(a, size, "image"))[0] for a in arrays])
+    return to_pixels([_fitted(a, size, "image")[None] for a in arrays])[:, :, 0]
 
 
 def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
@@ -136,7 +137,7 @@ def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
             InputWarning,
             stacklevel=2,
         )
-    return _to_pixels(_fitted(frames[-count:], size, "video")).transpose(0, 1)[None]
+    return to_pixels([_fitted(frames[-count:], size, "video")])
 
 
 def _array(value: Any, read, dims: int, name: str) -> np.ndarray:
@@ -165,12 +166,6 @@ def _fitted(frames: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
             stacklevel=3,
         )
     return fitted
-
-
-def _to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) or (T, H, W, 3) -> (1 or T, 3, H, W) in [-1, 1]."""
-    frames = frames[None] if frames.ndim == 3 else frames
-    return (torch.tensor(frames).permute(0, 3, 1, 2) - 127.5) / 127.5
 
 
 def given_latents(latents: Tensor | Sequence[Tensor], batch: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_data import GradientSource, write_latents
 
-from nova.codec import LatentCodec
+from nova.codec import LatentCodec, to_pixels
 from nova.data import (
     ClipFormat,
     FolderSource,
@@ -20,7 +20,6 @@ from nova.data import (
     split_step,
 )
 from nova.data.encoding import posterior_moments
-from nova.data.pixels import to_pixels
 from nova.data.seeds import keyed_generator
 from nova.errors import CheckpointError, InputError
 from nova.media import write_image, write_video

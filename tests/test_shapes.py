@@ -25,7 +25,6 @@ from nova.shapes.vocabulary import (
     COLORS,
     DIRECTIONS,
     MOTIONS,
-    OPPOSITES,
     RELATIONS,
     SPEEDS,
 )
@@ -34,6 +33,8 @@ cv2.setNumThreads(1)
 
 # Frames, height, width.
 SIZES = [(17, 64, 64), (1, 64, 64), (9, 48, 80), (33, 64, 64), (17, 96, 40)]
+
+OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 
 def scene_of(motion="left", shape="circle", color="red", background="black", **changes):

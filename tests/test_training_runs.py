@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 from nova.checkpoint import CheckpointError, write_json
 from nova.cli.app import app
-from nova.codec import LatentCodec
-from nova.data.pixels import to_pixels
+from nova.codec import LatentCodec, to_pixels
 from nova.errors import InputError
 from nova.media import read_image, write_video
 from nova.pipeline import NOVAPipeline

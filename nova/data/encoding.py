@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..checkpoint import save_state_dict, write_json
-from ..codec import LatentCodec
+from ..codec import LatentCodec, to_pixels
 from ..errors import CheckpointError, InputError, NovaError
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
-from .pixels import to_pixels
 from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

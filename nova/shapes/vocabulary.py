@@ -61,7 +61,6 @@ MOTIONS = ("still", *DIRECTIONS, *TURNS, *GROWTHS, *BOUNCES)
 # Relation of the first shape to the second -> (axis: 0 for x, 1 for y; whether it comes first on
 # it), with x to the right and y down.
 RELATIONS = {"above": (1, True), "below": (1, False), "left of": (0, True), "right of": (0, False)}
-OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 
 def unit_vector(angle: float) -> tuple[float, float]:

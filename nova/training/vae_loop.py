@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..checkpoint import load_state_dict, load_strict
-from ..codec import LatentCodec
+from ..codec import LatentCodec, to_pixels
 from ..data import ClipSource, ShuffledOrder
-from ..data.pixels import to_pixels
 from ..data.seeds import keyed_generator
 from ..errors import InputError, NovaError
 from ..media import compare_clips, to_uint8, write_image

@@ -5,9 +5,8 @@ frames of 480 x 768 in float32. Here a video is a list of single frames. Convolu
 remember the few frames that they need, inputs are dropped as soon as their outputs are there, and
 GroupNorm, which needs the statistics of all frames before it can change the first, takes a pass
 of its own over them. Where even the tensor that this pass sees is too large to be kept, the pass
-throws it away and it is computed a second time: `budget`, in bytes, decides. With the budget that
-keeps 33 x 480 x 768 in float32 within 8 GB this takes about 1.6 times as long as the plain forward
-pass. What comes out equals it to rounding. Gradients are not for here.
+throws it away and it is computed a second time: `budget`, in bytes, decides. This takes longer
+than the plain forward pass. What comes out equals it to rounding. Gradients are not for here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
