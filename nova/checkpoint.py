@@ -22,6 +22,7 @@ from .errors import CheckpointError
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_LISTED = 6
+_ALIGNMENT = 64  # bytes, of torch's own memory on CPUs
 
 
 def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
@@ -211,7 +212,17 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], where: str)
             f"the weights of {where} hold NaN or infinite values in {_listed(broken)}; "
             "download them again, or use an earlier checkpoint of the training"
         )
-    module.load_state_dict(state_dict, strict=True, assign=True)
+    aligned = {key: _aligned(tensor) for key, tensor in state_dict.items()}
+    module.load_state_dict(aligned, strict=True, assign=True)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless it starts where torch itself would let it start.
+
+    Tensors of a mapped file start anywhere; some CPU kernels then sum in another order, and results
+    would depend on how a checkpoint is laid out.
+    """
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _listed(names: list[str]) -> str:
