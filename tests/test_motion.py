@@ -57,6 +57,17 @@ def test_two_frames_are_enough():
     assert motion_score(translating(2, 2), fps=60) == pytest.approx(10, rel=0.1)
 
 
+def test_few_pairs_are_spread_over_the_clip():
+    """Two still pairs at the ends, motion in between."""
+    moving = translating(3, 7)
+    clip = np.concatenate([moving[:1], moving, moving[-1:]])
+    assert motion_score(clip, max_pairs=2) < 0.1
+    assert motion_score(clip, max_pairs=3) == pytest.approx(1, rel=0.1)
+    assert motion_score(clip, max_pairs=100) == motion_score(clip)
+    with pytest.raises(InputError, match="max_pairs must be at least 1"):
+        motion_score(clip, max_pairs=0)
+
+
 def test_same_frames_same_score():
     clip = translating(3, 3)
     assert motion_score(clip) == motion_score(clip.copy())

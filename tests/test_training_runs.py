@@ -41,6 +41,7 @@ from nova.training import (
 from nova.training import run as training_run
 from nova.training.checkpoints import Checkpoints
 from nova.training.metrics import MetricsFile, plot_metrics, read_metrics
+from nova.training.vae_loop import ClipSamples, detailed_crop
 from nova.vae import VAEConfig
 
 FLOW = FlowMatchConfig()
@@ -393,6 +394,50 @@ def test_a_stopped_vae_run_goes_on_exactly(tmp_path):
     ]
 
 
+def test_a_frozen_encoder_keeps_its_latents(tmp_path):
+    source = GradientSource(4)
+    first = run_vae(tmp_path / "first", source, steps=2)
+    start = LatentCodec.load(first / "vae")
+    options = VAETrainingOptions(
+        out=tmp_path / "second", steps=3, batch_size=2, sample_every=0, ema_decay=0.0,
+        freeze_encoder=True, device="cpu", progress=False,
+    )  # fmt: skip
+    again = train_vae(LatentCodec.load(first / "vae").module, source, options)
+    codec = LatentCodec.load(again / "vae")
+    pixels = to_pixels([source[0].frames])
+    latents = start.encode(pixels, sample=False)
+    assert torch.equal(codec.encode(pixels, sample=False), latents)
+    assert not torch.equal(codec.decode(latents), start.decode(latents))
+
+
+def test_vae_on_crops(tmp_path):
+    source = GradientSource(4)
+    height, width = source.format.height, source.format.width
+    sample = ClipSamples(source, SMALL_VAE, seed=0, crop=16)[0, 0]
+    assert sample["pixels"].shape == (3, source.format.num_frames, 16, 16)
+    assert sample["noise"].shape[2:] == (2, 2)
+    again = ClipSamples(source, SMALL_VAE, seed=0, crop=16)[0, 0]
+    assert torch.equal(sample["pixels"], again["pixels"])
+    whole = ClipSamples(source, SMALL_VAE, seed=0)[0, 0]["pixels"]
+    windows = whole.unfold(2, 16, 1).unfold(3, 16, 1)  # (3, T, rows, columns, 16, 16)
+    same = (windows == sample["pixels"][:, :, None, None]).all(-1).all(-1).all(0).all(0)
+    assert same.any()
+    run_vae(tmp_path, source, steps=1, crop=16)
+    for crop in (12, 0, 8 * (1 + max(height, width) // 8)):
+        with pytest.raises(InputError, match="crop must be a multiple of 8"):
+            run_vae(tmp_path / "wrong", source, crop=crop)
+
+
+def test_crops_show_what_is_there():
+    """A small square on plain ground: in two thirds of the crops, in a quarter by chance."""
+    pixels = torch.zeros(3, 1, 64, 64)
+    pixels[:, :, 20:30, 40:50] = 1
+    crops = [detailed_crop(pixels, 16, torch.Generator().manual_seed(k)) for k in range(200)]
+    assert sum(bool(crop.any()) for crop in crops) > 120
+    plain = (pixels[0, 0].unfold(0, 16, 1).unfold(1, 16, 1).sum((-1, -2)) > 0).float().mean()
+    assert plain < 0.35
+
+
 def test_a_source_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot be read, the last one because: clip"):
         run_vae(tmp_path, GradientSource(3, broken=range(3)))
@@ -477,12 +522,12 @@ def test_commands_from_nothing(tmp_path):
     assert result.exit_code == 0, result.stderr
     result = nova("train-vae", "shapes", "--clips", 4, "--size", 64, 64, "--frames", 5, "--config",
                   "tiny", "--steps", 1, "--batch-size", 1, "--sample-every", 0, "--device", "cpu",
-                  "--out", tmp_path / "vae", "--quiet")  # fmt: skip
+                  "--crop", 32, "--out", tmp_path / "vae", "--quiet")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     vae = tmp_path / "vae" / "checkpoints" / "step-00000001" / "vae"
     result = nova("encode", "shapes", "--clips", 3, "--size", 64, 64, "--frames", 5, "--vae", vae,
                   "--text-encoder", tmp_path / "text", "--device", "cpu", "--quiet",
-                  "--out", tmp_path / "data")  # fmt: skip
+                  "--precision", "bfloat16", "--out", tmp_path / "data")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     write_json(tmp_path / "config.json", SMALL.to_dict())
     result = nova("train", tmp_path / "data", "--config", tmp_path / "config.json", "--vae", vae,
@@ -503,6 +548,7 @@ def test_commands_from_nothing(tmp_path):
         (["train", "x", "--model", "b", "--ddpm"], 2, "go with --config"),
         (["train", "x", "--config", "a", "--precision", "half"], 1, "precision must be one of"),
         (["encode", "absent", "--vae", "v"], 2, "Give --size"),
+        (["encode", "x", "--vae", "v", "--precision", "half"], 2, "must be one of float32"),
         (["train-vae", "absent", "--size", "64", "64", "--config", "tiny"], 1, "is not a folder"),
         (["train-vae", "shapes", "--size", "64", "64", "--config", "no"], 1, "neither a file nor"),
     ],

@@ -38,12 +38,14 @@ def load_encoders(
     text_encoder: Path | None,
     text_length: int,
     device: torch.device,
+    precision: str = "float32",
 ) -> tuple[LatentCodec, TextEncoder | None, tuple[int, int] | None]:
     """VAE, text encoder and image size for `nova encode`.
 
     Args:
         model: a checkpoint that has all of them, or None for the folders.
         text_length: tokens of a caption, at most.
+        precision: what the VAE computes in, "float32" or "bfloat16".
 
     Returns:
         The parts on the device, the text encoder only where captions are wanted, and the model's
@@ -61,8 +63,7 @@ def load_encoders(
             text_encoder = text_encoder or folder
             text_length = config.text_token_len
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # Latents are made once: the VAE works in full precision.
-    codec = LatentCodec.load(vae, torch.float32)
+    codec = LatentCodec.load(vae, getattr(torch, precision))
     encoder = None
     if text_encoder is not None:
         folders = text_encoder / "text_encoder", text_encoder / "tokenizer"

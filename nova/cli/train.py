@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..training.options import TrainingOptions, VAETrainingOptions
+from ..training.options import PRECISIONS, TrainingOptions, VAETrainingOptions
 from . import train_options as shared
 from .errors import DebugOption
 from .train_options import DATA, FILES, RUN, option
@@ -72,6 +72,10 @@ def encode(
     batch_size: Annotated[
         int, option("--batch-size", panel=RUN, min=1, help="Clips encoded at a time.")
     ] = 1,
+    precision: Annotated[
+        str,
+        option("--precision", panel=RUN, help="What the VAE computes in: float32 or bfloat16."),
+    ] = "float32",
     workers: shared.Workers = 0,
     device: Annotated[
         str | None,
@@ -86,6 +90,8 @@ def encode(
     """
     if (model is None) == (vae is None):
         raise typer.BadParameter("Give one of --model and --vae.")
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"--precision must be one of {', '.join(PRECISIONS)}.")
     if size is None and model is None:
         raise typer.BadParameter("Give --size, as there is no --model to take it from.")
 
@@ -94,7 +100,9 @@ def encode(
     from .parts import load_encoders
 
     run_device = choose_device(device)
-    codec, encoder, model_size = load_encoders(model, vae, text_encoder, text_length, run_device)
+    codec, encoder, model_size = load_encoders(
+        model, vae, text_encoder, text_length, run_device, precision
+    )
     height, width = size or model_size
     clip_source = _open_source(source, frames, height, width, fps, captions, clips, shapes_seed)
     index = encode_clips(
@@ -167,6 +175,12 @@ def train(
     prompt_dropout: Annotated[
         float, option("--prompt-dropout", panel=RUN, help="Share of prompts left out.")
     ] = TrainingOptions.prompt_dropout,
+    mask_ratio_min: Annotated[
+        float,
+        option(
+            "--mask-ratio-min", panel=RUN, help="Least share of a frame's tokens that is masked."
+        ),
+    ] = TrainingOptions.mask_ratio_min,
     freeze_motion: Annotated[
         bool | None,
         option(
@@ -237,6 +251,7 @@ def train(
         ema_decay=ema,
         loss_repeats=loss_repeats,
         prompt_dropout=prompt_dropout,
+        mask_ratio_min=mask_ratio_min,
         freeze_motion=model is not None if freeze_motion is None else freeze_motion,
         activation_checkpointing=checkpointing,
         precision=precision,
@@ -295,9 +310,30 @@ def train_vae(
     weight_decay: shared.WeightDecay = VAETrainingOptions.weight_decay,
     max_grad_norm: shared.GradNorm = VAETrainingOptions.max_grad_norm,
     ema: shared.EMADecay = VAETrainingOptions.ema_decay,
+    crop: Annotated[
+        int | None,
+        option(
+            "--crop",
+            panel=DATA,
+            min=1,
+            show_default="whole frames",
+            help="Side in pixels of random crops to train on.",
+        ),
+    ] = VAETrainingOptions.crop,
+    freeze_encoder: Annotated[
+        bool,
+        option(
+            "--freeze-encoder",
+            panel=RUN,
+            help="Train the decoder alone: models trained on the latents stay valid.",
+        ),
+    ] = False,
     kl_weight: Annotated[
         float, option("--kl-weight", panel=RUN, help="Weight of the KL divergence.")
     ] = VAETrainingOptions.kl_weight,
+    mse_weight: Annotated[
+        float, option("--mse-weight", panel=RUN, help="Weight of the mean squared error.")
+    ] = VAETrainingOptions.mse_weight,
     edge_weight: Annotated[
         float, option("--edge-weight", panel=RUN, help="Weight of differences of neighbours.")
     ] = VAETrainingOptions.edge_weight,
@@ -330,7 +366,10 @@ def train_vae(
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         ema_decay=ema,
+        crop=crop,
+        freeze_encoder=freeze_encoder,
         kl_weight=kl_weight,
+        mse_weight=mse_weight,
         edge_weight=edge_weight,
         precision=precision,
         seed=seed,

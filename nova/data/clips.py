@@ -8,6 +8,9 @@ import numpy as np
 from ..errors import InputError
 from ..inputs import VIDEO_STRIDE
 
+# Optical flow costs more than all else that is done to a small clip; motion changes slowly.
+MOTION_PAIRS = 6
+
 
 @dataclass(frozen=True)
 class ClipFormat:
@@ -94,4 +97,4 @@ def measure_motion(frames: np.ndarray, fps: float) -> float:
     # OpenCV is needed by those who make data only.
     from ..motion import motion_score
 
-    return float(motion_score(frames, fps))
+    return motion_score(frames, fps, max_pairs=MOTION_PAIRS)

@@ -53,7 +53,9 @@ class Engine:
     def __init__(self, accelerator: "Accelerator", objective: nn.Module, options: RunOptions):
         self.accelerator, self.options = accelerator, options
         groups = parameter_groups(objective, options.weight_decay)
-        optimizer = torch.optim.AdamW(groups, options.learning_rate, betas=options.betas)
+        optimizer = torch.optim.AdamW(
+            groups, options.learning_rate, betas=options.betas, fused=True
+        )
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         self.ema = EMA(self.module, options.ema_decay)
         self.watch = LossWatch(options.warmup_steps)

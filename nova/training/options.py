@@ -139,8 +139,15 @@ class VAETrainingOptions(RunOptions):
     """Options of `train_vae`.
 
     Attributes:
+        crop: side in pixels of random crops to train on, a multiple of the VAE's stride; None:
+            whole frames. Crops are cheaper and show more; GroupNorm and attention see the whole
+            frame, so that a VAE trained on crops needs some steps on whole frames at the end.
+        freeze_encoder: train the decoder alone: better pictures of the same latents, so that models
+            trained on them stay valid.
         kl_weight: of the KL divergence (summed over a latent's values, averaged over pixels'
             number of values), small: latents should be smooth, not normal.
+        mse_weight: of the mean squared error. Beside the L1 distance, for which the best guess is
+            the median, it makes small things on a plain background count from the start.
         edge_weight: of the L1 distance of differences between neighbouring pixels, which keeps
             edges sharp.
         scale_clips: clips whose latents' standard deviation gives the scaling factor.
@@ -150,14 +157,17 @@ class VAETrainingOptions(RunOptions):
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     ema_decay: float = 0.999
+    crop: int | None = None
+    freeze_encoder: bool = False
     kl_weight: float = 1e-6
+    mse_weight: float = 1.0
     edge_weight: float = 0.5
     scale_clips: int = 64
     num_samples: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.kl_weight, self.edge_weight) < 0:
-            raise InputError("kl_weight and edge_weight must not be negative")
+        if min(self.kl_weight, self.mse_weight, self.edge_weight) < 0:
+            raise InputError("kl_weight, mse_weight and edge_weight must not be negative")
         if min(self.scale_clips, self.num_samples) < 1:
             raise InputError("scale_clips and num_samples must be at least 1")

@@ -21,7 +21,8 @@ from .run import OnStep, Weights, find_resumed, read_position, run_steps
 from .samples import StepSampler, load_batches
 from .state import load_training_state
 
-_NOISE = 4  # purpose of a generator, beside those of other draws
+_NOISE, _CROP = 4, 5  # purposes of generators, beside those of other draws
+_CROPS_LOOKED_AT = 4
 _UNREADABLE_IN_A_ROW = 100
 _FIXED = ("seed",)
 
@@ -35,7 +36,8 @@ def train_vae(
     """Train, and write checkpoints whose vae/ folder `LatentCodec.load` opens.
 
     The scaling factor in it is one over the standard deviation of latents of the source, so that
-    scaled latents have the deviation 1 that a diffusion model expects.
+    scaled latents have the deviation 1 that a diffusion model expects; with a frozen encoder it
+    stays as it is.
 
     Args:
         vae: float32, what to start from; trained in place. A resumed run puts the weights of its
@@ -54,11 +56,14 @@ def train_vae(
         DependencyError: accelerate is not installed.
     """
     accelerator = make_accelerator(options)
-    clips = ClipSamples(source, vae.config, options.seed)
+    clips = ClipSamples(source, vae.config, options.seed, options.crop)
     resumed = find_resumed(options, _FIXED)
     if resumed is not None:
         load_strict(vae, load_state_dict(resumed / "vae"), str(resumed / "vae"))
     vae.train().requires_grad_(True)
+    if options.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     engine = Engine(accelerator, VAEObjective(vae, options), options)
     if resumed is not None:
         load_training_state(engine, resumed)
@@ -76,7 +81,11 @@ class VAEObjective(nn.Module):
     def __init__(self, vae: CausalVideoVAE, options: VAETrainingOptions):
         super().__init__()
         self.vae = vae
-        self.kl_weight, self.edge_weight = options.kl_weight, options.edge_weight
+        self.weights = {
+            "mse": options.mse_weight,
+            "edge": options.edge_weight,
+            "kl": options.kl_weight,
+        }
 
     def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of a batch.
@@ -86,21 +95,19 @@ class VAEObjective(nn.Module):
             noise: (B, C, t, h, w) normal, for the draw from the posterior.
 
         Returns:
-            Scalars: loss, its parts l1, edge and kl (unweighted), and psnr in dB.
+            Scalars: loss, its parts l1, mse, edge and kl (unweighted), and psnr in dB.
         """
         mean, logvar = self.vae.encode_moments(pixels)
         output = self.vae.decode_unscaled(mean + (0.5 * logvar).exp() * noise).float()
-        l1 = F.l1_loss(output, pixels)
-        edge = edge_loss(output, pixels)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / pixels.numel()
-        mse = F.mse_loss(output.detach().clamp(-1, 1), pixels)
-        return {
-            "loss": l1 + self.edge_weight * edge + self.kl_weight * kl,
-            "l1": l1,
-            "edge": edge,
-            "kl": kl,
-            "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10)),
+        parts = {
+            "l1": F.l1_loss(output, pixels),
+            "mse": F.mse_loss(output, pixels),
+            "edge": edge_loss(output, pixels),
+            "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / pixels.numel(),
         }
+        loss = parts["l1"] + sum(weight * parts[name] for name, weight in self.weights.items())
+        shown = F.mse_loss(output.detach().clamp(-1, 1), pixels)
+        return {"loss": loss, **parts, "psnr": 10 * torch.log10(4 / shown.clamp(min=1e-10))}
 
 
 def edge_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -116,23 +123,31 @@ def edge_loss(output: Tensor, target: Tensor) -> Tensor:
 class ClipSamples(Dataset):
     """Clips by (step, position) as pixels (3, T, H, W) with noise (C, t, h, w).
 
+    Args:
+        crop: side of the squares that are cut out of the clips; None: whole frames.
+
     Raises:
-        InputError: clips of a size that the VAE does not take.
+        InputError: clips or crops of a size that the VAE does not take.
     """
 
-    def __init__(self, source: ClipSource, config: VAEConfig, seed: int):
+    def __init__(self, source: ClipSource, config: VAEConfig, seed: int, crop: int | None = None):
         wanted, factor = source.format, config.spatial_factor
         if wanted.height % factor or wanted.width % factor:
             raise InputError(
                 f"height and width must be multiples of {factor} for this VAE, got "
                 f"{wanted.height} x {wanted.width}"
             )
-        self.source, self._seed = source, seed
+        if crop is not None and (crop % factor or not 0 < crop <= min(wanted.height, wanted.width)):
+            raise InputError(
+                f"crop must be a multiple of {factor} for this VAE, and at most the clips' "
+                f"{wanted.height} x {wanted.width}; got {crop}"
+            )
+        self.source, self._seed, self._crop = source, seed, crop
         self._latent_shape = (
             config.latent_channels,
             1 + (wanted.num_frames - 1) // config.temporal_factor,
-            wanted.height // factor,
-            wanted.width // factor,
+            (crop or wanted.height) // factor,
+            (crop or wanted.width) // factor,
         )
         self._order = ShuffledOrder(len(source), seed)
 
@@ -140,7 +155,10 @@ class ClipSamples(Dataset):
         _, position = step_and_position
         generator = keyed_generator(self._seed, _NOISE, position)
         noise = torch.randn(self._latent_shape, generator=generator)
-        return {"pixels": self._pixels(position), "noise": noise}
+        pixels = self._pixels(position)
+        if self._crop is not None:
+            pixels = detailed_crop(pixels, self._crop, keyed_generator(self._seed, _CROP, position))
+        return {"pixels": pixels, "noise": noise}
 
     def first(self, count: int) -> Tensor:
         """Pixels (n, 3, T, H, W) of the first clips in shuffled order, n <= count."""
@@ -163,6 +181,21 @@ class ClipSamples(Dataset):
         )
 
 
+def detailed_crop(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Of a few random crops the one with the most contrast, since plain ground teaches little.
+
+    Args:
+        pixels: (3, T, H, W).
+
+    Returns:
+        (3, T, side, side).
+    """
+    room = torch.tensor(pixels.shape[2:]) - side + 1
+    corners = (torch.rand(_CROPS_LOOKED_AT, 2, generator=generator) * room).long().tolist()
+    crops = [pixels[:, :, top : top + side, left : left + side] for top, left in corners]
+    return max(crops, key=lambda crop: float(crop.std())).contiguous()
+
+
 class VAETask:
     """Checkpoints with a vae/ folder, sheets of originals and reconstructions. See `run.Task`."""
 
@@ -174,8 +207,9 @@ class VAETask:
 
     def save(self, folder: Path, weights: Weights) -> None:
         codec = self._codec(weights)
-        factor = scaling_factor(codec, self._clips.first(self._options.scale_clips))
-        codec.module.config = replace(self._config, scaling_factor=factor)
+        if not self._options.freeze_encoder:
+            factor = scaling_factor(codec, self._clips.first(self._options.scale_clips))
+            codec.module.config = replace(self._config, scaling_factor=factor)
         codec.save(folder / "vae")
 
     def write_sheet(self, path: Path, weights: Weights, device: torch.device) -> None:
