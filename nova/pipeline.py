@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .config import ModelConfig
 from .devices import check_device, out_of_memory
 from .errors import InputError
 from .folders import LOAD, load_parts, save_parts
+from .generation_config import GenerationConfig
 from .model import NOVATransformer
 from .noise import NoiseSource
 from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels
@@ -42,6 +44,7 @@ class NOVAPipeline:
         scheduler: how it denoises.
         vae: latents <-> pixels; None: only output_type "latent".
         text_encoder: prompts -> embeddings; None: give prompt_embeds (or class labels).
+        generation_config: options of calls that leave them open; None: the reference's.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class NOVAPipeline:
         scheduler: SchedulerConfig,
         vae: LatentCodec | None = None,
         text_encoder: TextEncoder | None = None,
+        generation_config: GenerationConfig | None = None,
     ):
         self.transformer = transformer.eval().requires_grad_(False)
         self.scheduler = scheduler
         self.vae = vae
         self.text_encoder = text_encoder
+        self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
@@ -93,11 +98,12 @@ class NOVAPipeline:
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         options = {"variant": variant, "allow_pickle": allow_pickle}
         parts = load_parts(folder, dtype, vae=vae, text_encoder=text_encoder, **options)
-        return cls(*parts)
+        return cls(*parts, GenerationConfig.read(folder))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
         save_parts(folder, self.transformer, self.scheduler, self.vae, self.text_encoder)
+        self.generation_config.write(Path(folder))
 
     # Devices ---------------------------------------------------------------------------------
 
@@ -192,30 +198,30 @@ class NOVAPipeline:
     def __call__(
         self,
         prompt: Any = None,
-        num_inference_steps: int = 64,
-        num_diffusion_steps: int = 25,
+        num_inference_steps: int | None = None,
+        num_diffusion_steps: int | None = None,
         max_latent_length: int | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         **options: Any,
     ) -> NOVAPipelineOutput:
         """Generate a batch of images or clips.
 
         Args:
-            options: all of them are described at `nova.Request`.
+            options: all of them are described at `nova.Request`. What is left out is as
+                `generation_config` says.
 
         Raises:
             NovaError: of the kind that fits, saying what to do.
         """
-        run = self._prepare(
-            Request(
-                prompt,
-                num_inference_steps,
-                num_diffusion_steps,
-                max_latent_length,
-                guidance_scale,
-                **options,
-            )
+        request = self.generation_config.request(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            num_diffusion_steps=num_diffusion_steps,
+            max_latent_length=max_latent_length,
+            guidance_scale=guidance_scale,
+            **options,
         )
+        run = self._prepare(request)
         with self._working("transformer"):
             frames = [latents.clone() for latents in self._frames(run)]
         latents = torch.stack([*run.given_frames, *frames], dim=2)
@@ -233,7 +239,7 @@ class NOVAPipeline:
         `pipe.vae.module.tile_latents = 2`, every latent frame gives its pixels at once (calls use
         that setting too, so both stay equal).
         """
-        return self._stream(self._prepare(Request(prompt, **options)))
+        return self._stream(self._prepare(self.generation_config.request(prompt, **options)))
 
     def _prepare(self, request: Request) -> "_Run":
         """Check a request against this model, and encode its prompts and pictures."""

@@ -105,6 +105,15 @@ def test_png_of_a_video_model_is_a_contact_sheet_or_one_frame(tiny_video_folder,
     assert read_image(single).shape == (64, 96, 3)
 
 
+def test_several_videos_on_one_sheet(tiny_video_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na blue ball\n")
+    common = ["--batch-file", tmp_path / "prompts.txt", "--model", tiny_video_folder]
+    printed = generate(*common, "--latents", 1, "--batch-size", 2, "--out", tmp_path / "x.gif")
+    assert f"{tmp_path / 'x_sheet.png'}: 2 samples" in printed
+    single = read_image(tmp_path / "x_000_sheet.png")
+    assert read_image(tmp_path / "x_sheet.png").shape[0] > 1.5 * single.shape[0]
+
+
 def test_image_and_class_models(tiny_image_folder, tiny_class_folder, tmp_path):
     generate(PROMPT, "--model", tiny_image_folder, "--out", tmp_path / "i.png")
     generate("--class-id", 7, "--model", tiny_class_folder, "--out", tmp_path / "c.jpg")

@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from .errors import CommandGroup, DebugOption
+from .export import export
 from .generate import generate
 from .train import encode, train, train_text_encoder, train_vae
 
@@ -26,6 +27,7 @@ app.command()(encode)
 app.command()(train)
 app.command()(train_vae)
 app.command()(train_text_encoder)
+app.command()(export)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 

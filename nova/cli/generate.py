@@ -14,6 +14,8 @@ from .errors import DebugOption
 # torch takes 64-bit seeds; the upper half leaves room for seed + i.
 LARGEST_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**32  # short enough to type again
+# Of options that a checkpoint may bring along (`GenerationConfig`).
+RECOMMENDED = "the model's, else {}"
 
 
 class Dtype(str, Enum):
@@ -113,11 +115,15 @@ def generate(
         _option("--fps", panel=WHAT, callback=_finite, help="Frames a second, for model and file."),
     ] = 12.0,
     motion: Annotated[
-        float,
+        float | None,
         _option(
-            "--motion", panel=WHAT, callback=_finite, help="How much moves (mean optical flow)."
+            "--motion",
+            panel=WHAT,
+            callback=_finite,
+            show_default=RECOMMENDED.format(5),
+            help="How much moves (mean optical flow).",
         ),
-    ] = 5.0,
+    ] = None,
     seed: Annotated[
         int | None,
         _option(
@@ -129,22 +135,35 @@ def generate(
         ),
     ] = None,
     steps: Annotated[
-        int,
-        _option("--steps", panel=SAMPLING, min=1, help="Autoregressive steps of a frame."),
-    ] = 64,
+        int | None,
+        _option(
+            "--steps",
+            panel=SAMPLING,
+            min=1,
+            show_default=RECOMMENDED.format(64),
+            help="Autoregressive steps of a frame.",
+        ),
+    ] = None,
     diffusion_steps: Annotated[
-        int,
-        _option("--diffusion-steps", panel=SAMPLING, min=1, help="Denoise steps of a step."),
-    ] = 25,
+        int | None,
+        _option(
+            "--diffusion-steps",
+            panel=SAMPLING,
+            min=1,
+            show_default=RECOMMENDED.format(25),
+            help="Denoise steps of a step.",
+        ),
+    ] = None,
     guidance: Annotated[
-        float,
+        float | None,
         _option(
             "--guidance",
             panel=SAMPLING,
             callback=_finite,
+            show_default=RECOMMENDED.format(5),
             help="Classifier-free guidance; 1 or less: none, and about twice as fast.",
         ),
-    ] = 5.0,
+    ] = None,
     min_guidance: Annotated[
         float | None,
         _option(
@@ -206,7 +225,7 @@ def generate(
         _option(
             "--sheet/--no-sheet",
             panel=OUTPUT,
-            help="A contact sheet beside the video, FILE_sheet.png.",
+            help="A contact sheet beside every video, FILE_sheet.png, and one of several samples.",
         ),
     ] = True,
     save_latents: Annotated[
@@ -289,14 +308,13 @@ def generate(
         raise typer.BadParameter("--offload places the text encoder; leave out one of both.")
 
     from ..media.video_writer import frame_rate
-    from .outputs import check_latents_file, check_output
+    from .outputs import check_latents_file, check_output, overview_path
 
     out = check_output(out)
     latents_file = None if save_latents is None else check_latents_file(save_latents)
     frame_rate(fps)
 
     from ..devices import check_device
-    from ..request import Request
     from .device import choose_device, choose_dtype
     from .model import ModelFiles, open_pipeline
     from .run import make_samples
@@ -332,7 +350,7 @@ def generate(
         check_device(text_encoder_device)
     run_dtype = choose_dtype(dtype and dtype.value, run_device)
     files = ModelFiles.find(model, allow_pickle=allow_pickle)
-    files.check_request(Request(**options), conditions, negative, out)
+    files.check_request(files.generation_config.request(**options), conditions, negative, out)
 
     typer.echo(f"seed {samples[0].seed}, {run_device}, {str(run_dtype).removeprefix('torch.')}")
     pipeline = open_pipeline(
@@ -353,6 +371,7 @@ def generate(
         {**options, "negative_prompt": negative},
         batch_size=batch_size,
         sheet=sheet,
+        overview_file=overview_path(out, len(samples)) if sheet else None,
         latents_file=latents_file,
     )
     seconds = time.perf_counter() - start

@@ -11,6 +11,7 @@ from ..config import ModelConfig
 from ..devices import check_device, out_of_memory
 from ..errors import InputError
 from ..folders import LOAD
+from ..generation_config import GenerationConfig
 from ..media import VIDEO_SUFFIXES
 from ..pipeline import DEFAULT_LATENT_FRAMES, NOVAPipeline
 from ..request import Request
@@ -25,6 +26,7 @@ class ModelFiles:
     folder: Path
     config: ModelConfig
     scheduler: SchedulerConfig
+    generation_config: GenerationConfig
 
     @classmethod
     def find(cls, name_or_path: str, *, allow_pickle: bool) -> "ModelFiles":
@@ -36,7 +38,7 @@ class ModelFiles:
         folder = find_folder(name_or_path, allow_pickle=allow_pickle)
         config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
         scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
-        return cls(folder, config, scheduler)
+        return cls(folder, config, scheduler, GenerationConfig.read(folder))
 
     def check_request(
         self,

@@ -34,6 +34,13 @@ def check_latents_file(path: Path) -> Path:
     return check_writable(path, (".safetensors",))
 
 
+def overview_path(output: Path, num_samples: int) -> Path | None:
+    """Where one sheet of several videos goes; None where the samples themselves show as much."""
+    if num_samples == 1 or output.suffix.lower() not in VIDEO_SUFFIXES:
+        return None
+    return contact_sheet_path(output)
+
+
 def write_sample(
     path: Path, frames: np.ndarray, fps: float, *, caption: str | None, sheet: bool
 ) -> list[str]:

@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
 
 from ..checkpoint import save_state_dict
+from ..media import compare_clips, write_image
 from ..pipeline import NOVAPipeline
 from .outputs import write_sample
 from .samples import Sample
+
+OVERVIEW_SAMPLES = 16  # on the sheet of a run
 
 
 def make_samples(
@@ -20,6 +24,7 @@ def make_samples(
     *,
     batch_size: int,
     sheet: bool,
+    overview_file: Path | None,
     latents_file: Path | None,
 ) -> int:
     """Make and write samples; every file appears as soon as its batch is finished.
@@ -29,6 +34,7 @@ def make_samples(
     Args:
         options: arguments of the pipeline call.
         sheet: write contact sheets beside videos.
+        overview_file: also write one contact sheet of the first samples here.
         latents_file: also write the latents of all samples here.
 
     Returns:
@@ -36,6 +42,7 @@ def make_samples(
     """
     count = 0
     latents: list[Tensor] = []
+    overview: list[np.ndarray] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         conditions = [sample.condition for sample in batch]
@@ -48,6 +55,7 @@ def make_samples(
         )
         clips = output.images[:, None] if output.frames is None else output.frames
         latents.append(output.latents.cpu())
+        overview += list(clips)[: OVERVIEW_SAMPLES - len(overview)]
         for sample, frames in zip(batch, clips, strict=True):
             count += len(frames)
             lines = write_sample(
@@ -55,6 +63,10 @@ def make_samples(
             )
             for line in lines:
                 typer.echo(line)
+    if overview_file is not None:
+        captions = [sample.caption or "" for sample in samples[: len(overview)]]
+        write_image(overview_file, compare_clips(overview, captions=captions))
+        typer.echo(f"{overview_file}: {len(overview)} samples")
     if latents_file is not None:
         save_state_dict({"latents": torch.cat(latents)}, latents_file.parent, latents_file.stem)
         typer.echo(f"{latents_file}: latents")
