@@ -1,9 +1,7 @@
 #!/bin/sh
 # Trains a small model of the world of shapes: sh scripts/shapes_model/make.sh FOLDER
-# Called again, it goes on where it was stopped. In the making: of what the stages below give, only
-# the VAE has been measured. It reconstructs count, colour, motion, direction and relation of all of
-# 64 clips, the shapes of 59 % (28 dB); it took half an hour on two threads of an AMD EPYC.
-# What it has reached is in vae/, so that it need not be made again.
+# Called again, it goes on where it was stopped. In the making: the stages after the VAE have not been
+# run to their end. What the VAE has reached is in vae/, so that it need not be made again.
 set -e
 here=$(dirname "$0")
 out=${1:?name a folder for what is made}
@@ -33,7 +31,7 @@ encode() {
 train() {
     nova train "$@" --precision bfloat16 --loss-repeats 2 --warmup 100 --schedule cosine --resume
 }
-# Images first: a step on images takes half the time of one on clips.
+# Images first: a step on images is cheaper than one on clips.
 encode --frames 1 --clips 20000 --batch-size 64 --shard-size 1024 --out "$out/images"
 train "$out/images" --config "$here/transformer.json" --vae "$vae" --text-encoder "$out/text" \
     --steps 6000 --batch-size 20 --lr 6e-4 --ema 0.998 --out "$out/image-model"
