@@ -18,7 +18,8 @@ from nova.training.activation_checkpointing import activation_checkpointing
 from nova.training.divergence import LossWatch
 from nova.training.ema import EMA
 from nova.training.objective import NOVAObjective
-from nova.training.parameters import freeze, parameter_groups
+from nova.training.options import OPTIMIZERS
+from nova.training.parameters import freeze, make_optimizers
 from nova.training.samples import StepSampler, TrainingSamples, collate
 from nova.training.schedule import draw_mask_ratio, learning_rate
 
@@ -232,16 +233,25 @@ def test_frozen_parts():
     }  # fmt: skip
 
 
-def test_matrices_alone_decay():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_matrices_alone_decay(optimizer):
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     model = trainable()
-    decaying, others = parameter_groups(model, 0.02)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.02, 0.0)
+    optimizers = make_optimizers(model, options(weight_decay=0.02, optimizer=optimizer))
+    groups = [group for each in optimizers for group in each.param_groups]
     names = {id(p): name for name, p in model.named_parameters()}
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
-    spared = {names[id(p)] for p in others["params"]}
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in groups) == len(names)
+    assert set(decay.values()) == {0.02, 0.0}
+    spared = {name for name, value in decay.items() if value == 0}
     assert {"mask_embed.bos_token", "mask_embed.mask_token", "image_encoder.norm.weight"} <= spared
     assert all(name.endswith((".bias", "_token")) or "norm" in name for name in spared)
-    assert not any(names[id(p)].endswith(".bias") for p in decaying["params"])
+    assert not any(name.endswith(".bias") for name in set(decay) - spared)
+    if optimizer == "muon":
+        by_muon = {names[id(p)] for group in optimizers[0].param_groups for p in group["params"]}
+        assert "video_encoder.blocks.0.attn.qkv.weight" in by_muon
+        assert all(".blocks." in name for name in by_muon)
 
 
 def test_fresh_models_start_by_predicting_zero(data):

@@ -74,7 +74,13 @@ Warmup = Annotated[
 Schedule = Annotated[
     str, option("--schedule", panel=OPTIMISER, help="After the warm-up: constant or cosine.")
 ]
-WeightDecay = Annotated[float, option("--weight-decay", panel=OPTIMISER, help="Of AdamW.")]
+Optimizer = Annotated[
+    str,
+    option("--optimizer", panel=OPTIMISER, help="adamw, or muon for the matrices of blocks."),
+]
+WeightDecay = Annotated[
+    float, option("--weight-decay", panel=OPTIMISER, help="Of matrices and kernels.")
+]
 GradNorm = Annotated[
     float, option("--max-grad-norm", panel=OPTIMISER, help="Larger gradients are scaled down.")
 ]

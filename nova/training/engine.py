@@ -1,4 +1,4 @@
-"""One optimiser step, whatever is trained: accelerate, gradients, AdamW, average of weights."""
+"""One optimiser step, whatever is trained: accelerate, gradients, optimisers, averaged weights."""
 
 import contextlib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ..errors import DependencyError
 from .divergence import LossWatch
 from .ema import EMA
 from .options import RunOptions
-from .parameters import parameter_groups
+from .parameters import make_optimizers
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def make_accelerator(options: RunOptions) -> "Accelerator":
 
 
 class Engine:
-    """What a training run holds: the module, its optimiser, its average, and a watch on the loss.
+    """What a training run holds: the module, its optimisers, its average, and a watch on the loss.
 
     Args:
         accelerator: of this process.
@@ -52,11 +52,8 @@ class Engine:
 
     def __init__(self, accelerator: "Accelerator", objective: nn.Module, options: RunOptions):
         self.accelerator, self.options = accelerator, options
-        groups = parameter_groups(objective, options.weight_decay)
-        optimizer = torch.optim.AdamW(
-            groups, options.learning_rate, betas=options.betas, fused=True
-        )
-        self.module, self.optimizer = accelerator.prepare(objective, optimizer)
+        optimizers = make_optimizers(objective, options)
+        self.module, *self.optimizers = accelerator.prepare(objective, *optimizers)
         self.ema = EMA(self.module, options.ema_decay)
         self.watch = LossWatch(options.warmup_steps)
 
@@ -93,10 +90,11 @@ class Engine:
         result["learning_rate"] = learning_rate(step, self.options)
         result["grad_norm"] = float(grad_norm)
         self.watch.check(step, result["loss"], result["grad_norm"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = result["learning_rate"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = result["learning_rate"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
         return result
 

@@ -22,7 +22,7 @@ def new_model(config: ModelConfig, seed: int = 0) -> NOVATransformer:
     small: the norms come after attention, what goes into it grows from block to block, and with
     larger ones small models fixed it to single tokens and did not learn from their prompts. The
     projections of the adaptive norms and the last layer are zero (as in DiT, arXiv 2212.09748): the
-    diffusion MLP starts by predicting zero, with identity blocks.
+    diffusion MLP starts by predicting zero, with identity blocks. So is the null prompt.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -36,6 +36,9 @@ def new_model(config: ModelConfig, seed: int = 0) -> NOVATransformer:
         for module in model.modules():
             if isinstance(module, Attention):
                 nn.init.normal_(module.qkv.weight, std=QKV_STD)
+    if config.text_token_dim:
+        # Padding would be constant tokens that attention clings to before it finds the prompt.
+        nn.init.zeros_(model.text_embed.weight)
     for module in model.modules():
         if isinstance(module, Modulation):
             nn.init.zeros_(module.proj.weight)

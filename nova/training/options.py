@@ -8,6 +8,7 @@ from ..errors import InputError
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,9 @@ class RunOptions:
         learning_rate: after the warm-up.
         warmup_steps: linear, from 0.
         schedule: "constant", or "cosine" down to min_learning_rate at the last step.
-        betas, weight_decay: of AdamW; weights of two and more dimensions decay.
+        optimizer: "adamw", or "muon" (see `parameters.make_optimizers`).
+        betas: of AdamW.
+        weight_decay: of weights of two and more dimensions.
         max_grad_norm: gradients are scaled down to this norm; inf: never.
         ema_decay: of the averaged weights, which checkpoints offer for use. In the first steps it
             is (1 + step) / (10 + step), where that is less.
@@ -50,6 +53,7 @@ class RunOptions:
     min_learning_rate: float = 1e-6
     warmup_steps: int = 500
     schedule: str = "constant"
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
     max_grad_norm: float = 1.0
@@ -79,7 +83,11 @@ class RunOptions:
             raise InputError("learning rates and weight_decay must be finite, and not negative")
         if not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.device not in (None, "cpu"):

@@ -1,10 +1,12 @@
-"""Which parameters are trained, and which of them decay."""
+"""Which parameters are trained, and by which optimiser."""
 
-from typing import Any
-
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from ..errors import DependencyError
 from ..model import NOVATransformer
+from .options import RunOptions
 
 
 def freeze(
@@ -34,11 +36,36 @@ def freeze(
     return model
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices and kernels decay; biases, norms and lone vectors do not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def make_optimizers(objective: nn.Module, options: RunOptions) -> list[Optimizer]:
+    """AdamW for all that is trained, or Muon for the matrices of blocks and AdamW for the rest.
+
+    Muon (arXiv 2502.16982: momentum made orthogonal, scaled to the size of AdamW's updates) takes
+    AdamW's learning rate and weight decay. Matrices and kernels decay; biases, norms and lone
+    vectors do not.
+
+    Raises:
+        DependencyError: this torch has no Muon.
+    """
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    rate, decay = options.learning_rate, options.weight_decay
+    optimizers: list[Optimizer] = []
+    if options.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise DependencyError(
+                f"torch {torch.__version__} has no Muon; use torch 2.9 or newer, or adamw"
+            )
+        names = [name for name, p in trained.items() if ".blocks." in name and p.dim() == 2]
+        matrices = [trained.pop(name) for name in names]
+        if matrices:
+            optimizers.append(
+                torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw")
+            )
     # Tokens are stored as (1, E).
-    decaying = [p for p in trained if p.dim() >= 2 and p.shape[0] > 1]
-    others = [p for p in trained if not (p.dim() >= 2 and p.shape[0] > 1)]
-    groups = [(decaying, weight_decay), (others, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    decaying = [p for p in trained.values() if p.dim() >= 2 and p.shape[0] > 1]
+    others = [p for p in trained.values() if not (p.dim() >= 2 and p.shape[0] > 1)]
+    groups = [
+        {"params": params, "weight_decay": group_decay}
+        for params, group_decay in ((decaying, decay), (others, 0.0))
+        if params
+    ]
+    return [*optimizers, torch.optim.AdamW(groups, rate, betas=options.betas, fused=True)]

@@ -38,10 +38,15 @@ def averaged_weights(engine: Engine) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in state.items()}
 
 
+def _optimizers(engine: Engine) -> list[torch.optim.Optimizer]:
+    """Torch's own, without accelerate's wrappers."""
+    return [optimizer.optimizer for optimizer in engine.optimizers]
+
+
 def save_training_state(engine: Engine, folder: Path, progress: dict[str, Any]) -> None:
     """Write folder/training_state. All processes must call this; the main one writes."""
     weights = get_model_state_dict(engine.module, options=_WHOLE)
-    optimizer = get_optimizer_state_dict(engine.module, engine.optimizer.optimizer, options=_WHOLE)
+    optimizer = get_optimizer_state_dict(engine.module, _optimizers(engine), options=_WHOLE)
     if not engine.accelerator.is_main_process:
         return
     folder = folder / FOLDER
@@ -72,9 +77,9 @@ def load_training_state(engine: Engine, folder: Path) -> None:
     where = folder / FOLDER
     weights = load_state_dict(where, WEIGHTS)
     moments = load_state_dict(where, OPTIMIZER)
-    optimizer = engine.optimizer.optimizer
+    optimizers = _optimizers(engine)
     # Not gathered: names and settings alone are wanted, on every process.
-    current = get_optimizer_state_dict(engine.module, optimizer)
+    current = get_optimizer_state_dict(engine.module, optimizers)
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in moments.items():
         name, _, kind = key.rpartition("/")
@@ -90,7 +95,7 @@ def load_training_state(engine: Engine, folder: Path) -> None:
         set_model_state_dict(engine.module, weights, options=StateDictOptions(full_state_dict=True))
         set_optimizer_state_dict(
             engine.module,
-            optimizer,
+            optimizers,
             {"state": state, "param_groups": current["param_groups"]},
             options=StateDictOptions(full_state_dict=True),
         )
