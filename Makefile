@@ -6,13 +6,12 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-PROMPT ?= a red circle moving right
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean distclean
 
 help:
-	@echo 'make demo       make a small video on this machine, then measure frames per second'
+	@echo 'make demo       make some small videos on this machine, then measure frames per second'
 	@echo 'make test       run all tests and style checks'
 	@echo 'make setup      only make .venv and install everything into it'
 	@echo 'make lint       check style with ruff'
@@ -25,8 +24,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup
-	$(VENV_PYTHON) scripts/make_tiny_checkpoint.py build/tiny-nova
-	.venv/bin/nova generate "$(PROMPT)" --model build/tiny-nova --out build/demo.mp4 --seed 0
+	.venv/bin/nova generate --batch-file examples/shapes.txt --batch-size 6 --seed 0 --out build/demo.mp4
 	$(VENV_PYTHON) benchmarks/fps.py
 
 test: setup

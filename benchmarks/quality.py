@@ -1,7 +1,7 @@
 """What a text-to-video model trained on the world of shapes shows, measured on its videos.
 
-    python benchmarks/quality.py --model FOLDER --plots build/quality
-    python benchmarks/quality.py --model FOLDER --tasks motion,frechet
+    python benchmarks/quality.py --plots build/quality
+    python benchmarks/quality.py --tasks motion,frechet
     python benchmarks/quality.py --model FOLDER --tasks sweep --sweep-steps 4,8,16
 
 Every task is described in docs/quality.md. The results file is written after each of them.
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder or id")
+    add("--model", default="shapes", help="checkpoint folder or id")
     add("--tasks", default=",".join(TASKS), help=f"of these and {SWEEP}")
     add("--clips", type=int, default=DEFAULT_CLIPS, help="of a task and split")
     add("--seed", type=int, default=DEFAULT_SEED, help="of captions and noise")

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+# Checkpoints that come with this package.
+EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_LISTED = 6
 _ALIGNMENT = 64  # bytes, of torch's own memory on CPUs
 
 
 def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
-    """A local folder as it is, or the downloaded snapshot of a hub id ("owner/name").
+    """A local folder as it is, the downloaded snapshot of a hub id ("owner/name"), or "shapes".
+
+    The model that comes with this package goes before a folder of its name, which is "./shapes".
 
     Args:
         hub_options: revision, cache_dir, token, local_files_only; `allow_pickle` (bool) lets .bin
@@ -35,6 +39,8 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
     Raises:
         CheckpointError: neither a folder nor a hub id, or the hub does not give it.
     """
+    if name_or_path in EMBEDDED:
+        return EMBEDDED[name_or_path]
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -44,8 +50,8 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
         )
     if not _HUB_ID.fullmatch(str(name_or_path)):
         raise CheckpointError(
-            f"{name_or_path} is not a folder; give a checkpoint folder or a hub id such as "
-            "BAAI/nova-d48w1024-osp480"
+            f"{name_or_path} is not a folder; give a checkpoint folder, a hub id such as "
+            f"BAAI/nova-d48w1024-osp480, or {', '.join(EMBEDDED)} for the model of this package"
         )
     from huggingface_hub import snapshot_download
 

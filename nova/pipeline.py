@@ -78,8 +78,9 @@ class NOVAPipeline:
         allow_pickle: bool = False,
         **hub_options: Any,
     ) -> "NOVAPipeline":
-        """Open a checkpoint folder in the format of the released ones, or a hub id.
+        """Open a checkpoint folder in the format of the released ones, a hub id, or "shapes".
 
+        That is the small model that comes with this package (docs/shapes_model.md).
         model_index.json and the configs are read as data, whatever classes they name.
 
         Args:

@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_checkpoint.py build/tiny-nova
 
-The tests and `make demo` sample from it. Its videos show nothing; that they come out is the point.
+The tests sample from it. Its videos show nothing; that they come out is the point.
 """
 
 import argparse

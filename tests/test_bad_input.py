@@ -227,7 +227,7 @@ def test_not_a_folder(tmp_path, out, name):
     path = tmp_path / name
     if name == "config.json":
         path.write_text("{}")
-    advice = "give a checkpoint folder or a hub id such as BAAI/nova-d48w1024-osp480"
+    advice = "give a checkpoint folder, a hub id such as BAAI/nova-d48w1024-osp480, or shapes for"
     message = advice if name != "config.json" else "is a file; give the checkpoint's folder"
     with pytest.raises(CheckpointError) as raised:
         NOVAPipeline.from_pretrained(path)

@@ -50,10 +50,6 @@ def generate(
         str | None, typer.Argument(metavar="PROMPT", help="What the image or video shows.")
     ] = None,
     *,
-    model: Annotated[
-        str,
-        _option("--model", panel=WHAT, metavar="FOLDER|ID", help="Checkpoint folder or hub id."),
-    ],
     out: Annotated[
         Path,
         _option(
@@ -64,6 +60,15 @@ def generate(
             "sheet of a video. Several samples: FILE_000, FILE_001, ...",
         ),
     ],
+    model: Annotated[
+        str,
+        _option(
+            "--model",
+            panel=WHAT,
+            metavar="FOLDER|ID",
+            help="Checkpoint folder or hub id; `shapes` comes with this package.",
+        ),
+    ] = "shapes",
     image: Annotated[
         Path | None, _option("--image", panel=WHAT, help="Go on from this image.")
     ] = None,
@@ -294,7 +299,7 @@ def generate(
 ) -> None:
     """Make images or videos from sentences, or go on from an image or a clip.
 
-    nova generate "a red ball falls" --model BAAI/nova-d48w1024-osp480 --out ball.mp4
+    nova generate "a green star moving up" --out star.mp4
     """
     _check_usage(
         {

@@ -176,6 +176,14 @@ def train(
     prompt_dropout: Annotated[
         float, option("--prompt-dropout", panel=RUN, help="Share of prompts left out.")
     ] = TrainingOptions.prompt_dropout,
+    mask_ratio_std: Annotated[
+        float,
+        option(
+            "--mask-ratio-std",
+            panel=RUN,
+            help="Spread of the share of masked tokens; large: about uniform.",
+        ),
+    ] = TrainingOptions.mask_ratio_std,
     mask_ratio_min: Annotated[
         float,
         option(
@@ -253,6 +261,7 @@ def train(
         ema_decay=ema,
         loss_repeats=loss_repeats,
         prompt_dropout=prompt_dropout,
+        mask_ratio_std=mask_ratio_std,
         mask_ratio_min=mask_ratio_min,
         freeze_motion=model is not None if freeze_motion is None else freeze_motion,
         activation_checkpointing=checkpointing,
