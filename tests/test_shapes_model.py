@@ -67,9 +67,11 @@ def test_videos_show_the_colour_that_was_asked_for(pipe):
         output_type="uint8",
         disable_progress_bar=True,
     ).frames
-    results = [check(*pair) for pair in zip(scenes, map(measure, videos), strict=True)]
-    right, elsewhere = sum(result["color"] for result in results), 0
-    for scene, video in zip(scenes[1:] + scenes[:1], videos, strict=True):
-        elsewhere += check(scene, measure(video))["color"]
+    measured = [measure(video) for video in videos]
+    others = scenes[1:] + scenes[:1]
+    right, elsewhere = (
+        sum(check(*pair)["color"] for pair in zip(wanted, measured, strict=True))
+        for wanted in (scenes, others)
+    )
     assert right >= 14, (right, elsewhere)
     assert right > 2 * elsewhere
