@@ -1,13 +1,35 @@
 """Kernels of NOVA video models: a plain-torch reference of every op, and faster versions of it.
 
-Importing this package imports neither torch nor Triton.
+    import nova_kernels
+    y = nova_kernels.scale_shift(x, scale, shift)
+
+Importing this package imports neither torch nor Triton; an op's first use does.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("nova-kernels")
 except PackageNotFoundError:  # used from a folder, without having been installed
     __version__ = "unknown"
 
-__all__ = ["__version__"]
+# Public name -> module that has it.
+_MODULES = {
+    "scale_shift": "nova_kernels.ops.scale_shift",
+    "residual_norm": "nova_kernels.ops.residual_norm",
+    "BackendError": "nova_kernels.errors",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,5 +1,6 @@
 """Shared fixtures: small checkpoint folders, and skipping what needs a GPU."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+
+if not torch.cuda.is_available():
+    # Triton reads it when kernels are defined; its interpreter runs them on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Small tensors gain nothing from threads, and threads that wait for each other on busy cores lose.
 torch.set_num_threads(1)

@@ -1,0 +1,106 @@
+"""Which implementation runs an op: plain torch ("reference"), "triton" or "cuda".
+
+Every op takes `backend`. "auto", the default, takes the best implementation that is known to be
+right and fast on a GPU, and the reference for everything else; the environment variable
+NOVA_KERNELS_BACKEND replaces "auto". An implementation that is asked for by name runs or raises.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nova_kernels.errors import BackendError
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
+VARIABLE = "NOVA_KERNELS_BACKEND"
+LIBRARY = torch.library.Library("nova_kernels", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op and its implementations beside the reference.
+
+    Attributes:
+        name: of the op, of its module in `triton_kernels`, of its tests.
+        implementations: those that exist, best first.
+        verified: those that passed the GPU tests and won on hardware, with a results file in
+            benchmarks/results. Only these are ever chosen automatically.
+    """
+
+    name: str
+    implementations: tuple[str, ...] = ("triton",)
+    verified: frozenset[str] = frozenset()
+
+    def choose(self, backend: str, *tensors: Tensor) -> str:
+        """The implementation for these tensors: "reference" or one of `implementations`.
+
+        Raises:
+            ValueError: `backend`, or what NOVA_KERNELS_BACKEND holds, is not one of `BACKENDS`.
+            BackendError: the implementation that was asked for cannot run on these tensors.
+        """
+        if backend == "auto":
+            backend = os.environ.get(VARIABLE, "auto")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+        if backend == "reference":
+            return backend
+        if backend == "auto":
+            return next((name for name in self.usable(*tensors)), "reference")
+        reason = self.obstacle(backend, *tensors)
+        if reason is not None:
+            raise BackendError(f"{self.name}: backend {backend!r} cannot run: {reason}")
+        return backend
+
+    def usable(self, *tensors: Tensor) -> list[str]:
+        """Verified implementations that can run on these tensors, best first."""
+        names = [name for name in self.implementations if name in self.verified]
+        return [name for name in names if self.obstacle(name, *tensors) is None]
+
+    def obstacle(self, backend: str, *tensors: Tensor) -> str | None:
+        """Why an implementation cannot run on these tensors; None if it can."""
+        if backend not in self.implementations:
+            return f"it is not written for this op; there is {['reference', *self.implementations]}"
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (on Linux it comes with torch's CUDA builds)"
+        devices = {tensor.device.type for tensor in tensors}
+        if devices != {"cuda"} and not (backend == "triton" and is_interpreting()):
+            return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
+        return None
+
+    def module(self, backend: str) -> ModuleType:
+        """The module that holds an implementation's functions."""
+        return importlib.import_module(f"nova_kernels.{backend}_kernels.{self.name}")
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors too (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def through_operator(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through `torch.ops`: torch.compile or autograd must see it.
+
+    Otherwise kernels are launched directly, which saves microseconds a call.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def define(schema: str, function: Callable, fake: Callable) -> None:
+    """Register a torch operator of this package for all devices, with its fake implementation."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nova_kernels::{name}", fake, lib=LIBRARY)
+
+
+def new_rows(x: Tensor) -> Tensor:
+    """An empty contiguous tensor like x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

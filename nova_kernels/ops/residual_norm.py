@@ -1,0 +1,185 @@
+"""The post-norm residual: x + gate * (LN(h) * weight + bias), gate and affine part optional.
+
+Every block of NOVA's encoders adds its branches this way, and with a gate the blocks of its
+diffusion MLP do (arXiv 2412.14169). Reference, operator and gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nova_kernels.checks import check_broadcast, check_rows
+from nova_kernels.dispatch import Op, define, new_rows, through_operator
+
+OP = Op("residual_norm")
+EPS = 1e-5
+
+
+def residual_norm(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    eps: float = EPS,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x + gate * (LN(h) * weight + bias) over the last axis.
+
+    Statistics are in float32, or float64 for float64.
+
+    Args:
+        x: (..., width), any strides.
+        h: x's shape and dtype, the branch that is normed.
+        weight, bias: (width,), of the norm; both or none.
+        gate: (..., width) of x's shape or broadcast to it.
+        eps: added to the variance.
+        inplace: write the result into x (where no gradient is needed).
+        backend: see `nova_kernels.dispatch`.
+
+    Returns:
+        Of x's shape and dtype; x itself if `inplace`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, one of weight and bias without the other,
+            `inplace` where gradients are needed, or an unknown backend.
+        BackendError: the backend cannot run on these tensors.
+    """
+    given = [t for t in (x, h, weight, bias, gate) if t is not None]
+    _check(x, h, weight, bias, gate)
+    chosen = OP.choose(backend, *given)
+    if inplace:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            raise ValueError("residual_norm: inplace=True destroys what gradients are made of")
+        if chosen == "reference":
+            return x.copy_(reference(x, h, weight, bias, gate, eps))
+        into_x = _forward_into_x
+        if through_operator(*given):
+            into_x = torch.ops.nova_kernels.residual_norm_
+        into_x(x, h, weight, bias, gate, eps, chosen)
+        return x
+    if chosen == "reference":
+        return reference(x, h, weight, bias, gate, eps)
+    if through_operator(*given):
+        return torch.ops.nova_kernels.residual_norm(x, h, weight, bias, gate, eps, chosen)
+    return _forward(x, h, weight, bias, gate, eps, chosen)
+
+
+def reference(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = EPS,
+) -> Tensor:
+    """The op in plain torch, differentiable; arguments as those of `residual_norm`."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    affine = [None if t is None else t.to(exact) for t in (weight, bias)]
+    branch = F.layer_norm(h.to(exact), h.shape[-1:], *affine, eps=eps)
+    if gate is not None:
+        branch = branch * gate.to(exact)
+    return (x.to(exact) + branch).to(x.dtype)
+
+
+def _check(
+    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
+) -> None:
+    check_rows("residual_norm", x)
+    if h.shape != x.shape or h.dtype != x.dtype:
+        raise ValueError(
+            f"residual_norm: h is {tuple(h.shape)} of {h.dtype}, x {tuple(x.shape)} of {x.dtype}"
+        )
+    if (weight is None) != (bias is None):
+        raise ValueError("residual_norm: give weight and bias, or neither")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != x.shape[-1:]:
+            raise ValueError(
+                f"residual_norm: {name} must be ({x.shape[-1]},), got {tuple(tensor.shape)}"
+            )
+    if gate is not None:
+        check_broadcast("residual_norm", "gate", gate, x)
+
+
+def _forward(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    out = new_rows(x)
+    OP.module(backend).forward(x, h, weight, bias, gate, eps, out)
+    return out
+
+
+def _forward_into_x(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    backend: str,
+) -> None:
+    OP.module(backend).forward(x, h, weight, bias, gate, eps, x)
+
+
+def _backward(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return OP.module(backend).backward(grad, h, weight, bias, gate, eps)
+
+
+def _fake_backward(grad, h, weight, bias, gate, eps, backend):
+    none = grad.new_empty(0)
+    affine = none if weight is None else torch.empty_like(weight)
+    grad_gate = none.clone() if gate is None else new_rows(h)
+    return new_rows(h), affine, affine.clone(), grad_gate
+
+
+_ARGUMENTS = "Tensor? weight, Tensor? bias, Tensor? gate, float eps, str backend"
+define(
+    f"residual_norm(Tensor x, Tensor h, {_ARGUMENTS}) -> Tensor",
+    _forward,
+    lambda x, h, weight, bias, gate, eps, backend: new_rows(x),
+)
+define(
+    f"residual_norm_(Tensor(a!) x, Tensor h, {_ARGUMENTS}) -> ()",
+    _forward_into_x,
+    lambda x, h, weight, bias, gate, eps, backend: None,
+)
+define(
+    f"residual_norm_backward(Tensor grad, Tensor h, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, h, weight, bias, gate, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(h, weight, bias, gate)
+
+
+def _gradients(ctx, grad: Tensor):
+    h, weight, bias, gate = ctx.saved_tensors
+    grad_h, grad_weight, grad_bias, grad_gate = torch.ops.nova_kernels.residual_norm_backward(
+        grad, h, weight, bias, gate, ctx.eps, ctx.backend
+    )
+    affine = (None, None) if weight is None else (grad_weight, grad_bias)
+    grad_gate = None if gate is None else grad_gate.sum_to_size(gate.shape)
+    return grad, grad_h, *affine, grad_gate, None, None
+
+
+torch.library.register_autograd("nova_kernels::residual_norm", _gradients, setup_context=_save)

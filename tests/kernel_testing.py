@@ -1,0 +1,62 @@
+"""What the tests of ops share: devices, poisoned memory, and the rule for a kernel's error."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+# On a GPU the kernels run as they are; elsewhere Triton's interpreter runs them (conftest.py).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter rounds bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+# Smallest error that counts, relative to the result's norm.
+FLOORS = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal numbers, the same on every device, exact in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory of torch.empty and the like holds NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """||result - exact|| / ||exact||; NaN and infinity count as infinite."""
+    result, exact = result.detach().double(), exact.detach()
+    difference = (result - exact).norm() / exact.norm().clamp(min=1e-30)
+    return float(difference.nan_to_num(torch.inf))
+
+
+def assert_as_exact_as_torch(result: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """A kernel's error is at most twice that of plain torch in the same dtype.
+
+    Args:
+        result: the kernel's.
+        plain: plain torch's, in the same dtype.
+        exact: the same in float64.
+    """
+    assert result.shape == exact.shape and result.dtype == plain.dtype
+    error, of_torch = relative_error(result, exact), relative_error(plain, exact)
+    assert error <= 2 * of_torch + FLOORS[plain.dtype], f"{error} against torch's {of_torch}"
+
+
+def in_float64(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies in float64, as leaves that ask for gradients where the originals do."""
+    return [
+        None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
+    ]

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from kernel_testing import (
+    DTYPES,
+    assert_as_exact_as_torch,
+    in_float64,
+    needs_triton,
+    poisoned,
+    randn,
+)
+from torch.nn import functional as F
+
+from nova_kernels import residual_norm
+from nova_kernels.ops.residual_norm import EPS, reference
+
+# Shape of x and h, and of the gate.
+SHAPES = [
+    ((1, 1), None),
+    ((3, 16), (3, 16)),
+    ((7, 33), None),
+    ((2, 3, 64), (2, 1, 64)),
+    ((5, 192), (192,)),
+    ((2, 1024), None),
+    ((2, 1280), (2, 1280)),
+    ((1, 1023), None),
+    ((517, 70), None),  # three strips of the backward pass
+]
+
+
+def plain(x, h, weight, bias, gate):
+    """As people write it, in the input's dtype."""
+    branch = F.layer_norm(h, h.shape[-1:], weight, bias, EPS)
+    return x + (branch if gate is None else gate * branch)
+
+
+def inputs(shape, gate_shape, affine, dtype):
+    def leaf(shape, seed):
+        return randn(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+    x, h = leaf(shape, 1), leaf(shape, 2)
+    weight, bias = (leaf(shape[-1:], 3), leaf(shape[-1:], 4)) if affine else (None, None)
+    return x, h, weight, bias, None if gate_shape is None else leaf(gate_shape, 5)
+
+
+def by_triton(x, h, weight, bias, gate, **options):
+    return residual_norm(x, h, weight, bias, gate=gate, backend="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape, gate_shape", SHAPES)
+@needs_triton
+def test_triton_is_as_exact_as_torch(shape, gate_shape, affine, dtype):
+    given = inputs(shape, gate_shape, affine, dtype)
+    exact_given = in_float64(*given)
+    exact, by_torch = reference(*exact_given), plain(*given)
+    with poisoned():
+        result = by_triton(*given)
+    assert_as_exact_as_torch(result, by_torch, exact)
+
+    leaves, exact_leaves = ([t for t in ts if t is not None] for ts in (given, exact_given))
+    grad = randn(*shape, dtype=dtype, seed=6)
+    with poisoned():
+        gradients = torch.autograd.grad(result, leaves, grad)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
+    torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
+    for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
+        if right.norm() > 1e-12:  # a norm of one value has no gradient
+            assert_as_exact_as_torch(ours, theirs, right)
+
+
+@needs_triton
+def test_in_place():
+    x, h, weight, bias, gate = (
+        None if t is None else t.detach() for t in inputs((4, 6, 40), (40,), True, torch.float32)
+    )
+    expected = reference(x, h, weight, bias, gate)
+    for view in (x.clone(), x.clone().transpose(0, 1).contiguous().transpose(0, 1)):
+        for backend in ("triton", "reference"):
+            target = view.clone(memory_format=torch.preserve_format)
+            options = {"gate": gate, "inplace": True, "backend": backend}
+            result = residual_norm(target, h, weight, bias, **options)
+            assert result is target and torch.allclose(target, expected, atol=1e-5)
+
+
+@needs_triton
+def test_in_place_where_strides_do_not_merge():
+    """x is then copied for the kernel, and the result has to come back."""
+    base = randn(3, 4, 5, 32, seed=1)
+    x, h = base.permute(2, 0, 1, 3)[::2], randn(3, 3, 4, 32, seed=2)
+    expected = reference(x, h)
+    assert torch.allclose(by_triton(x, h, None, None, None, inplace=True), expected, atol=1e-5)
+    assert torch.allclose(base.permute(2, 0, 1, 3)[::2], expected, atol=1e-5)
+
+
+@needs_triton
+def test_operator_contract_and_compile():
+    given = inputs((3, 4, 40), (3, 1, 40), True, torch.float32)
+    arguments = (*given, EPS, "triton")
+    torch.library.opcheck(torch.ops.nova_kernels.residual_norm.default, arguments)
+    detached = (*(t.detach() for t in given), EPS, "triton")
+    torch.library.opcheck(torch.ops.nova_kernels.residual_norm_.default, detached)
+    compiled = torch.compile(by_triton, fullgraph=True, backend="aot_eager")
+    result = compiled(*given)
+    assert torch.allclose(result, reference(*given), atol=1e-5)
+    result.sum().backward()
+    assert all(leaf.grad is not None for leaf in given)
+    with torch.inference_mode():
+        assert torch.equal(by_triton(*given), result)
+
+
+def test_arguments_that_do_not_fit():
+    x, width = randn(2, 8), randn(8)
+    with pytest.raises(ValueError, match="h is"):
+        residual_norm(x, randn(2, 9))
+    with pytest.raises(ValueError, match="weight and bias"):
+        residual_norm(x, x, width)
+    with pytest.raises(ValueError, match="bias must be"):
+        residual_norm(x, x, width, randn(7))
+    with pytest.raises(ValueError, match="gate"):
+        residual_norm(x, x, gate=randn(3, 8))
+    with pytest.raises(ValueError, match="inplace"):
+        residual_norm(x, x.clone().requires_grad_(), inplace=True)

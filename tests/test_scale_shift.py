@@ -1,0 +1,127 @@
+import pytest
+import torch
+from kernel_testing import (
+    DTYPES,
+    assert_as_exact_as_torch,
+    in_float64,
+    needs_triton,
+    poisoned,
+    randn,
+)
+from torch.nn import functional as F
+
+from nova_kernels import BackendError, scale_shift
+from nova_kernels.ops.scale_shift import EPS, reference
+
+# Shape of x, and of scale and shift.
+SHAPES = [
+    ((1, 1), (1, 1)),
+    ((3, 16), (3, 16)),
+    ((7, 33), (33,)),
+    ((2, 3, 64), (2, 1, 64)),
+    ((2, 3, 5, 40), (3, 1, 40)),
+    ((5, 192), (5, 192)),
+    ((2, 1280), (2, 1280)),
+    ((1, 1023), (1, 1023)),
+]
+
+
+def plain(x, scale, shift):
+    """As people write it, in the input's dtype."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def inputs(x_shape, vector_shape, dtype):
+    x = randn(*x_shape, dtype=dtype, seed=1) * 3 + 1
+    scale, shift = (randn(*vector_shape, dtype=dtype, seed=k) for k in (2, 3))
+    return [t.requires_grad_() for t in (x, scale, shift)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_shape, vector_shape", SHAPES)
+@needs_triton
+def test_triton_is_as_exact_as_torch(x_shape, vector_shape, dtype):
+    leaves = inputs(x_shape, vector_shape, dtype)
+    exact_leaves = in_float64(*leaves)
+    exact, by_torch = reference(*exact_leaves), plain(*leaves)
+    with poisoned():
+        result = scale_shift(*leaves, backend="triton")
+    assert_as_exact_as_torch(result, by_torch, exact)
+    grad = randn(*x_shape, dtype=dtype, seed=4)
+    with poisoned():
+        gradients = torch.autograd.grad(result, leaves, grad)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
+    torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
+    for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
+        if x_shape[-1] > 1 or right.norm() > 1e-12:
+            assert_as_exact_as_torch(ours, theirs, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_is_layer_norm_with_scale_and_shift(dtype):
+    leaves = inputs((4, 96), (4, 96), dtype)
+    exact = plain(*in_float64(*leaves))
+    assert_as_exact_as_torch(scale_shift(*leaves), plain(*leaves), exact)
+
+
+@needs_triton
+def test_strides_of_any_kind():
+    x = randn(6, 10, 48, seed=1).transpose(0, 1)[::2]
+    scale = randn(5, 96, seed=2)[:, ::2][:, None]
+    shift = randn(48, seed=3)
+    with torch.no_grad():
+        result = scale_shift(x, scale, shift, backend="triton")
+    assert torch.allclose(result, reference(x, scale, shift), atol=1e-5)
+
+
+@needs_triton
+def test_no_rows():
+    empty = randn(0, 32)
+    assert scale_shift(empty, empty, empty, backend="triton").shape == (0, 32)
+
+
+@needs_triton
+def test_operator_contract_and_compile():
+    leaves = inputs((3, 4, 40), (3, 1, 40), torch.float32)
+    arguments = (*leaves, EPS, "triton")
+    torch.library.opcheck(torch.ops.nova_kernels.scale_shift.default, arguments)
+    compiled = torch.compile(
+        lambda *t: scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(*leaves)
+    assert torch.allclose(result, reference(*leaves), atol=1e-5)
+    result.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    with torch.inference_mode():
+        assert torch.equal(scale_shift(*leaves, backend="triton"), result)
+
+
+@pytest.mark.parametrize(
+    "x_shape, vector_shape, message",
+    [
+        ((), (), "last axis"),
+        ((3, 4), (3, 5), "does not broadcast"),
+        ((3, 4), (2, 3, 4), "does not broadcast"),
+        ((3, 4), (3, 1), "does not broadcast"),
+    ],
+)
+def test_shapes_that_do_not_fit(x_shape, vector_shape, message):
+    with pytest.raises(ValueError, match=message):
+        scale_shift(randn(*x_shape), randn(*vector_shape), randn(*vector_shape))
+
+
+def test_dtypes_and_backends_that_do_not_fit():
+    x = randn(2, 8)
+    with pytest.raises(ValueError, match="dtype"):
+        scale_shift(x, x.half(), x)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        scale_shift(x, x, x, backend="tritn")
+    with pytest.raises(BackendError, match="not written"):
+        scale_shift(x, x, x, backend="cuda")
+
+
+@needs_triton
+def test_rows_too_wide_for_a_program():
+    x = randn(1, 8193)
+    with pytest.raises(ValueError, match="up to 8192"), torch.no_grad():
+        scale_shift(x, x, x, backend="triton")
