@@ -18,7 +18,9 @@ except PackageNotFoundError:  # used from a folder, without having been installe
 # Public name -> module that has it.
 _MODULES = {
     "scale_shift": "nova_kernels.ops.scale_shift",
+    "frame_scale_shift": "nova_kernels.ops.frame_scale_shift",
     "residual_norm": "nova_kernels.ops.residual_norm",
+    "rope3d": "nova_kernels.ops.rope3d",
     "BackendError": "nova_kernels.errors",
 }
 

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from kernel_testing import (
+    DTYPES,
+    assert_as_exact_as_torch,
+    in_float64,
+    needs_triton,
+    poisoned,
+    randn,
+)
+from torch.nn import functional as F
+
+from nova_kernels import BackendError, frame_scale_shift
+from nova_kernels.ops.frame_scale_shift import MAX_RANK, reference
+
+# Shapes of first and current, rank.
+SHAPES = [
+    ((1, 1), (1, 1), 1),
+    ((5, 16), (5, 16), 16),
+    ((2, 1, 3, 40), (2, 4, 3, 40), 5),
+    ((2, 33, 64), (2, 33, 64), 24),
+    ((70, 100), (70, 100), 128),
+    ((3, 192), (3, 192), 33),
+]
+
+
+def plain(first, current, down, up, bias):
+    """As people write it, in the input's dtype."""
+    scale, shift = F.linear(F.linear(F.silu(current), down), up, bias).chunk(2, dim=-1)
+    return first * (1 + scale) + shift
+
+
+def inputs(first_shape, current_shape, rank, dtype=torch.float32):
+    width = current_shape[-1]
+    shapes = (first_shape, current_shape, (rank, width), (2 * width, rank), (2 * width,))
+    sizes = (1, 1, width**-0.5, rank**-0.5, 0.1)
+    leaves = [
+        randn(*shape, dtype=dtype, seed=seed) * size
+        for seed, (shape, size) in enumerate(zip(shapes, sizes, strict=True))
+    ]
+    return [leaf.requires_grad_() for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", SHAPES)
+@needs_triton
+def test_triton_is_as_exact_as_torch(shapes, dtype):
+    leaves = inputs(*shapes, dtype=dtype)
+    exact_leaves = in_float64(*leaves)
+    exact, by_torch = reference(*exact_leaves), plain(*leaves)
+    with poisoned():
+        result = frame_scale_shift(*leaves, backend="triton")
+    assert_as_exact_as_torch(result, by_torch, exact)
+    grad = randn(*result.shape, dtype=dtype, seed=9)
+    with poisoned():
+        gradients = torch.autograd.grad(result, leaves, grad)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
+    torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
+    for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
+        assert_as_exact_as_torch(ours, theirs, right)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_reference_is_the_layer(shapes):
+    leaves = in_float64(*inputs(*shapes))
+    assert torch.allclose(frame_scale_shift(*leaves), plain(*leaves))
+
+
+@needs_triton
+def test_operator_contract_and_compile():
+    leaves = inputs((2, 1, 3, 40), (2, 2, 3, 40), 5)
+    torch.library.opcheck(torch.ops.nova_kernels.frame_scale_shift.default, (*leaves, "triton"))
+    compiled = torch.compile(
+        lambda *t: frame_scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(*leaves)
+    assert torch.allclose(result, reference(*leaves), atol=1e-5)
+    result.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    with torch.inference_mode():
+        assert torch.equal(frame_scale_shift(*leaves, backend="triton"), result)
+
+
+@needs_triton
+def test_ranks_beyond_the_kernel():
+    leaves = inputs((2, 8), (2, 8), MAX_RANK + 1)
+    with pytest.raises(BackendError, match="ranks up to"), torch.no_grad():
+        frame_scale_shift(*leaves, backend="triton")
+    assert torch.allclose(frame_scale_shift(*leaves), reference(*leaves))
+
+
+def test_arguments_that_do_not_fit():
+    first, current, down, up, bias = inputs((2, 8), (2, 8), 4)
+    with pytest.raises(ValueError, match="down must be"):
+        frame_scale_shift(first, current, down[:, :7], up, bias)
+    with pytest.raises(ValueError, match="bias must be"):
+        frame_scale_shift(first, current, down, up, bias[:8])
+    with pytest.raises(ValueError, match="first"):
+        frame_scale_shift(first[:, :4], current, down, up, bias)
+    with pytest.raises(ValueError, match="up has dtype"):
+        frame_scale_shift(first, current, down, up.half(), bias)
