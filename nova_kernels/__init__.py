@@ -21,6 +21,8 @@ _MODULES = {
     "frame_scale_shift": "nova_kernels.ops.frame_scale_shift",
     "residual_norm": "nova_kernels.ops.residual_norm",
     "rope3d": "nova_kernels.ops.rope3d",
+    "diffusion_step": "nova_kernels.ops.diffusion_step",
+    "StepCoefficients": "nova_kernels.ops.diffusion_step",
     "BackendError": "nova_kernels.errors",
 }
 
