@@ -23,6 +23,7 @@ _MODULES = {
     "rope3d": "nova_kernels.ops.rope3d",
     "diffusion_step": "nova_kernels.ops.diffusion_step",
     "StepCoefficients": "nova_kernels.ops.diffusion_step",
+    "block_causal_attention": "nova_kernels.ops.block_causal_attention",
     "BackendError": "nova_kernels.errors",
 }
 

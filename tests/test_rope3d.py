@@ -10,7 +10,8 @@ from kernel_testing import (
 )
 
 from nova_kernels import rope3d
-from nova_kernels.ops.rope3d import reference
+from nova_kernels.ops import rope3d as module
+from nova_kernels.ops.rope3d import rotate_heads
 
 # Batch, tokens, heads, head_dim, batch of the table.
 SHAPES = [(1, 1, 1, 2, 1), (2, 5, 3, 32, 1), (3, 7, 2, 24, 3), (1, 3, 12, 64, 1), (2, 2, 1, 96, 2)]
@@ -20,6 +21,10 @@ def inputs(batch, tokens, heads, head_dim, table_batch, dtype=torch.float32):
     qkv = randn(batch, tokens, 3 * heads * head_dim, dtype=dtype, seed=1).requires_grad_()
     angles = randn(table_batch, tokens, head_dim // 2, seed=2) * 10
     return qkv, angles.cos(), angles.sin(), heads
+
+
+def reference(qkv, cos, sin, heads):
+    return module.reference(qkv.unflatten(-1, (3 * heads, -1)), cos, sin, 2 * heads).flatten(2)
 
 
 def by_complex_numbers(qkv, cos, sin, heads):
@@ -72,11 +77,12 @@ def test_in_place_and_strides(backend):
 @needs_triton
 def test_operator_contract_and_compile():
     qkv, cos, sin, heads = inputs(2, 3, 2, 8, 1)
+    packed = qkv.detach().unflatten(-1, (3 * heads, -1)).requires_grad_()
     torch.library.opcheck(
-        torch.ops.nova_kernels.rope3d.default, (qkv, cos, sin, heads, False, "triton")
+        torch.ops.nova_kernels.rope3d.default, (packed, cos, sin, 2 * heads, False, "triton")
     )
     torch.library.opcheck(
-        torch.ops.nova_kernels.rope3d_.default, (qkv.detach(), cos, sin, heads, "triton")
+        torch.ops.nova_kernels.rope3d_.default, (packed.detach(), cos, sin, "triton")
     )
     compiled = torch.compile(
         lambda x: rope3d(x, cos, sin, heads, backend="triton"), fullgraph=True, backend="aot_eager"
@@ -87,6 +93,16 @@ def test_operator_contract_and_compile():
     assert torch.allclose(qkv.grad, 2 * qkv, atol=1e-5)  # lengths do not change
     with torch.inference_mode():
         assert torch.equal(rope3d(qkv, cos, sin, heads, backend="triton"), result)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_rotated_heads_are_those_of_packed_qkv(backend):
+    qkv, cos, sin, heads = inputs(3, 5, 2, 8, 3)
+    q, k, _ = reference(qkv, cos, sin, heads).unflatten(-1, (3, heads, -1)).unbind(2)
+    plain = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    for x, expected in zip(plain, (q, k), strict=False):
+        rotated = rotate_heads(x, cos, sin, backend=backend)
+        assert torch.allclose(rotated, expected.transpose(1, 2), atol=1e-5)
 
 
 def test_arguments_that_do_not_fit():

@@ -7,7 +7,7 @@ in the table alone. Pairs are interleaved, (2k, 2k + 1). Reference, operator and
 import torch
 from torch import Tensor
 
-from nova_kernels.dispatch import Op, define, through_operator
+from nova_kernels.dispatch import Op, define, new_rows, through_operator
 
 OP = Op("rope3d")
 
@@ -44,29 +44,56 @@ def rope3d(
     chosen = OP.choose(backend, qkv, cos, sin)
     if inplace and torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("rope3d: inplace=True overwrites what a gradient is asked of")
+    # (batch, tokens, 3 * heads, head_dim): queries and keys are the first two thirds.
+    heads = qkv.unflatten(-1, (3 * num_heads, -1))
     if chosen == "reference":
-        result = reference(qkv, cos, sin, num_heads)
+        result = reference(heads, cos, sin, 2 * num_heads).flatten(2)
         return qkv.copy_(result) if inplace else result
     if inplace:
-        rotate = torch.ops.nova_kernels.rope3d_ if through_operator(qkv) else _rotate_in_place
-        rotate(qkv, cos, sin, num_heads, chosen)
+        rotate = torch.ops.nova_kernels.rope3d_ if through_operator() else _rotate_in_place
+        rotate(heads[:, :, : 2 * num_heads], cos, sin, chosen)
         return qkv
     rotate = torch.ops.nova_kernels.rope3d if through_operator(qkv) else _rotate
-    return rotate(qkv, cos, sin, num_heads, False, chosen)
+    return rotate(heads, cos, sin, 2 * num_heads, False, chosen).flatten(2)
 
 
-def reference(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """The op in plain torch, differentiable; arguments as those of `rope3d`."""
-    exact = torch.promote_types(qkv.dtype, torch.float32)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> Tensor:
+    """Rotate queries or keys that are heads already.
+
+    Args:
+        x: (batch, heads, tokens, head_dim).
+        cos, sin: (batch or 1, tokens, head_dim / 2), as in `rope3d`.
+        backend: see `nova_kernels.dispatch`.
+
+    Returns:
+        Of x's shape and dtype.
+
+    Raises:
+        As `rope3d`.
+    """
+    _check_table(cos, sin, (x.shape[0], x.shape[2], x.shape[3] // 2))
+    chosen = OP.choose(backend, x, cos, sin)
+    heads = x.transpose(1, 2)
+    if chosen == "reference":
+        return reference(heads, cos, sin, x.shape[1]).transpose(1, 2)
+    rotate = torch.ops.nova_kernels.rope3d if through_operator(x) else _rotate
+    return rotate(heads, cos, sin, x.shape[1], False, chosen).transpose(1, 2)
+
+
+def reference(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
+    """Rotate the first of some heads in plain torch, differentiable.
+
+    Args:
+        heads: (batch, tokens, heads, head_dim).
+        cos, sin: (batch or 1, tokens, head_dim / 2).
+        num_rotated: how many heads turn; the others are copied.
+    """
+    exact = torch.promote_types(heads.dtype, torch.float32)
     cos, sin = cos.to(exact)[:, :, None], sin.to(exact)[:, :, None]
-
-    def rotated(x: Tensor) -> Tensor:
-        even, odd = x[..., 0::2].to(exact), x[..., 1::2].to(exact)
-        pairs = even * cos - odd * sin, even * sin + odd * cos
-        return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
-
-    return torch.stack([rotated(q), rotated(k), v], dim=2).flatten(2)
+    turning, others = heads[:, :, :num_rotated].to(exact), heads[:, :, num_rotated:]
+    even, odd = turning[..., 0::2], turning[..., 1::2]
+    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return torch.cat([pairs.flatten(-2).to(heads.dtype), others], dim=2)
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
@@ -76,41 +103,46 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
             f"{num_heads} heads, got {tuple(qkv.shape)}"
         )
     batch, tokens, width = qkv.shape
-    wanted = (tokens, width // (6 * num_heads))
-    if cos.shape != sin.shape or cos.shape[1:] != wanted or cos.shape[0] not in (1, batch):
+    _check_table(cos, sin, (batch, tokens, width // (6 * num_heads)))
+
+
+def _check_table(cos: Tensor, sin: Tensor, wanted: tuple[int, int, int]) -> None:
+    batch, tokens, pairs = wanted
+    fits = cos.dim() == 3 and cos.shape[1:] == (tokens, pairs) and cos.shape[0] in (1, batch)
+    if not fits or cos.shape != sin.shape:
         raise ValueError(
-            f"rope3d: cos and sin must be (1 or {batch}, {wanted[0]}, {wanted[1]}), got "
+            f"rope3d: cos and sin must be (1 or {batch}, {tokens}, {pairs}), got "
             f"{tuple(cos.shape)} and {tuple(sin.shape)}"
         )
 
 
 def _rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, backwards: bool, backend: str
+    heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backwards: bool, backend: str
 ) -> Tensor:
-    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    OP.module(backend).rotate(qkv, cos, sin, num_heads, out, backwards)
+    out = new_rows(heads)
+    OP.module(backend).rotate(heads, cos, sin, out, num_rotated, backwards)
     return out
 
 
-def _rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, backend: str) -> None:
-    OP.module(backend).rotate(qkv, cos, sin, num_heads, qkv, False)
+def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor, backend: str) -> None:
+    OP.module(backend).rotate(heads, cos, sin, heads, heads.shape[2], False)
 
 
 define(
-    "rope3d(Tensor qkv, Tensor cos, Tensor sin, int num_heads, bool backwards, str backend)"
+    "rope3d(Tensor heads, Tensor cos, Tensor sin, int num_rotated, bool backwards, str backend)"
     " -> Tensor",
     _rotate,
-    lambda qkv, *_: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    lambda heads, *_: new_rows(heads),
 )
 define(
-    "rope3d_(Tensor(a!) qkv, Tensor cos, Tensor sin, int num_heads, str backend) -> ()",
+    "rope3d_(Tensor(a!) heads, Tensor cos, Tensor sin, str backend) -> ()",
     _rotate_in_place,
     lambda *_: None,
 )
 
 
 def _save(ctx, inputs, output) -> None:
-    _, cos, sin, ctx.num_heads, ctx.backwards, ctx.backend = inputs
+    _, cos, sin, ctx.num_rotated, ctx.backwards, ctx.backend = inputs
     ctx.save_for_backward(cos, sin)
 
 
@@ -118,7 +150,7 @@ def _gradients(ctx, grad: Tensor):
     # The inverse of a rotation is its transpose.
     cos, sin = ctx.saved_tensors
     rotate = torch.ops.nova_kernels.rope3d
-    grad = rotate(grad, cos, sin, ctx.num_heads, not ctx.backwards, ctx.backend)
+    grad = rotate(grad, cos, sin, ctx.num_rotated, not ctx.backwards, ctx.backend)
     return grad, None, None, None, None, None
 
 
