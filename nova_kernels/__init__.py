@@ -24,6 +24,7 @@ _MODULES = {
     "diffusion_step": "nova_kernels.ops.diffusion_step",
     "StepCoefficients": "nova_kernels.ops.diffusion_step",
     "block_causal_attention": "nova_kernels.ops.block_causal_attention",
+    "report": "nova_kernels.reporting",
     "BackendError": "nova_kernels.errors",
 }
 

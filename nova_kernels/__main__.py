@@ -1,9 +1,21 @@
-"""`python -m nova_kernels` prints how the kernels were built and which GPUs they see."""
+"""`python -m nova_kernels` prints how the kernels were built, the GPUs, and what runs on them."""
+
+import importlib.util
+import sys
 
 from nova_kernels.build_info import build_info, devices
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code 1 if an op is wrong on this machine."""
+    print_build()
+    if importlib.util.find_spec("torch") is None:
+        print("ops: torch is not installed")
+        return 0
+    return print_ops()
+
+
+def print_build() -> None:
     info = build_info()
     print(f"nova-kernels {info['version']}")
     if not info["cuda_extension"]:
@@ -22,5 +34,26 @@ def main() -> None:
         )
 
 
+def print_ops() -> int:
+    from nova_kernels.reporting import report
+
+    wrong = 0
+    print("ops (forward and backward on small inputs, against the reference in float64):")
+    for entry in report():
+        if entry.obstacle is not None:
+            state = f"not here: {entry.obstacle}"
+        elif not entry.is_right:
+            state, wrong = f"WRONG: {entry.failure}", wrong + 1
+        else:
+            errors = ", ".join(f"{name} {error:.0e}" for name, error in entry.errors.items())
+            state = f"right ({errors})"
+            if not entry.verified:
+                state += "; not verified on a GPU yet: runs only if asked for by name"
+        default = "*" if entry.default else " "
+        print(f"  {default} {entry.op:24} {entry.backend:10} {state}")
+    print("* runs by default; an op's `backend`, or NOVA_KERNELS_BACKEND, chooses another")
+    return 1 if wrong else 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The ops: right first, then time, bandwidth and arithmetic beside what else computes them.
+
+    python benchmarks/kernels.py                      # on a GPU: measure; on a CPU: what they cost
+    python benchmarks/kernels.py --op residual_norm --json kernels.json
+    python benchmarks/kernels.py --compile-report     # registers, shared memory, occupancy; no GPU
+
+A case is timed only after its results, and its gradients, were as exact as plain torch's. Ceilings
+are the card's own, measured in the same run: a copy for bytes, a matrix product for operations.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from compile_report import compile_rows, faults, print_compile_table
+from kernel_cases import KernelCase, kernel_cases
+from measure import machine, relative_error
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from nova_kernels.errors import BackendError
+
+BACKENDS = ("reference", "triton", "cuda")
+DIRECTIONS = ("forward", "backward")
+# Bytes and half-precision operations a second, of the cards' data sheets (80 GB A100, SXM H200).
+DATA_SHEETS = {"A100": (2.039e12, 312e12), "H200": (4.8e12, 989e12)}
+# Errors relative to torch's own, and what counts as no error.
+ALLOWED, FLOOR = 2.0, {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+
+
+def costs(case: KernelCase, direction: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that must move, and operations of matrix products."""
+    index = DIRECTIONS.index(direction)
+    return (case.elements[index] or 0) * dtype.itemsize, case.operations[index]
+
+
+def directions(case: KernelCase) -> list[str]:
+    return [d for d, n in zip(DIRECTIONS, case.elements, strict=True) if n is not None]
+
+
+def floor_rows(cases: list[KernelCase], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """What every case costs, and the least time for it on each card by its data sheet."""
+    rows = []
+    for case in cases:
+        for direction in directions(case):
+            moved, operations = costs(case, direction, dtype)
+            floors = {
+                f"{card}_floor_us": 1e6 * max(moved / bandwidth, operations / rate)
+                for card, (bandwidth, rate) in DATA_SHEETS.items()
+            }
+            rows.append(
+                {
+                    "op": case.op,
+                    "shape": case.shape,
+                    "direction": direction,
+                    "bytes": moved,
+                    "operations": operations,
+                    **floors,
+                }
+            )
+    return rows
+
+
+def print_floors(rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    table = Table(title=f"What the ops cost in {name}: least times by data sheet, in microseconds")
+    for column in ("op", "shape", "direction"):
+        table.add_column(column)
+    for column in ("MB", "GFLOP", *DATA_SHEETS):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["op"],
+            row["shape"],
+            row["direction"],
+            f"{row['bytes'] / 1e6:.3g}",
+            f"{row['operations'] / 1e9:.3g}",
+            *(f"{row[f'{card}_floor_us']:.1f}" for card in DATA_SHEETS),
+        )
+    Console(width=130).print(table)
+
+
+def implementations(case: KernelCase) -> dict[str, Any]:
+    """Everything that computes a case, by name."""
+    ours = {name: lambda *t, name=name: case.run(name, *t) for name in BACKENDS}
+    return {**ours, **case.peers}
+
+
+def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
+    """The result, and with `backward` the gradients of all inputs that have one."""
+    result = call(*inputs)
+    if not backward:
+        return [result]
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(result.shape, generator=generator).to(result)
+    leaves = [t for t in inputs if t.requires_grad]
+    return [result, *torch.autograd.grad(result, leaves, grad)]
+
+
+def gate(case: KernelCase, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Why an implementation may not be timed: name -> reason. Empty: all are right."""
+    backward = "backward" in directions(case)
+    inputs = with_gradients(case.make(device, dtype), dtype, backward)
+    exact_inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    exact = outputs(case.exact, exact_inputs, backward)
+    by_torch = outputs(case.exact, inputs, backward)
+    refused = {}
+    for name, call in implementations(case).items():
+        try:
+            results = outputs(call, inputs, backward)
+        except BackendError as error:
+            refused[name] = str(error)
+            continue
+        for result, plain, right in zip(results, by_torch, exact, strict=True):
+            error, of_torch = relative_error(result, right), relative_error(plain, right)
+            if not error <= ALLOWED * of_torch + FLOOR[dtype]:
+                refused[name] = f"wrong: error {error:.1e}, torch's is {of_torch:.1e}"
+    return refused
+
+
+def with_gradients(inputs: list[Tensor], dtype: torch.dtype, backward: bool) -> list[Tensor]:
+    # Tables of angles stay float32 and have no gradient.
+    return [t.requires_grad_(backward and t.dtype == dtype) for t in inputs]
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second of a copy, and operations a second of a matrix product, on this card."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    copy = milliseconds(lambda: target.copy_(source))
+    product = milliseconds(lambda: a @ a)
+    return 2 * source.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def milliseconds(call: Any) -> float:
+    """Median time of a call on the GPU, caches flushed before each."""
+    from triton.testing import do_bench
+
+    return statistics.median(do_bench(call, warmup=50, rep=200, return_mode="all"))
+
+
+def measure(
+    case: KernelCase, device: torch.device, dtype: torch.dtype, limits: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """Rows of all implementations of a case that are right."""
+    refused = gate(case, device, dtype)
+    rows = [
+        {"op": case.op, "shape": case.shape, "implementation": name, "refused": reason}
+        for name, reason in refused.items()
+    ]
+    for direction in directions(case):
+        moved, operations = costs(case, direction, dtype)
+        floor = 1e3 * max(moved / limits[0], operations / limits[1])
+        for name, call in implementations(case).items():
+            if name in refused:
+                continue
+            time = time_of(case, call, direction, device, dtype)
+            rows.append(
+                {
+                    "op": case.op,
+                    "shape": case.shape,
+                    "implementation": name,
+                    "direction": direction,
+                    "microseconds": 1e3 * time,
+                    "GB_per_s": moved / time / 1e6,
+                    "TFLOP_per_s": operations / time / 1e9,
+                    "share_of_ceiling": floor / time,
+                }
+            )
+    return rows
+
+
+def time_of(
+    case: KernelCase, call: Any, direction: str, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Milliseconds of one direction of one implementation."""
+    backward = direction == "backward"
+    inputs = with_gradients(case.make(device, dtype), dtype, backward)
+    if not backward:
+        with torch.no_grad():
+            return milliseconds(lambda: call(*inputs))
+    result = call(*inputs)
+    leaves, grad = [t for t in inputs if t.requires_grad], torch.randn_like(result)
+    return milliseconds(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
+
+
+def print_times(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    table = Table(title=f"Ops on {facts['name']} (torch {facts['torch']})")
+    for column in ("op", "shape", "direction", "implementation"):
+        table.add_column(column)
+    for column in ("us", "GB/s", "TFLOP/s", "of ceiling"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        names = row["op"], row["shape"], row.get("direction", ""), row["implementation"]
+        if "refused" in row:
+            table.add_row(*names, "", "", "", row["refused"], style="dim")
+            continue
+        table.add_row(
+            *names,
+            f"{row['microseconds']:.1f}",
+            f"{row['GB_per_s']:.0f}",
+            f"{row['TFLOP_per_s']:.1f}",
+            f"{row['share_of_ceiling']:.0%}",
+        )
+    Console(width=150).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = sorted({case.op for case in kernel_cases()})
+    parser.add_argument("--op", choices=names, help="only this one")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compile-report", action="store_true", help="compile, measure nothing")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    cases = [case for case in kernel_cases() if arguments.op in (None, case.op)]
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    facts, failed = machine(device), False
+    if arguments.compile_report:
+        rows = compile_rows(arguments.op)
+        print_compile_table(rows)
+        failed = any(faults(row) for row in rows)
+    elif on_gpu:
+        limits = ceilings(device, dtype)
+        rows = [row for case in cases for row in measure(case, device, dtype, limits)]
+        facts |= {"copy_GB_per_s": limits[0] / 1e9, "matmul_TFLOP_per_s": limits[1] / 1e12}
+        print_times(rows, facts)
+        failed = any(row.get("refused", "").startswith("wrong") for row in rows)
+    else:
+        rows = floor_rows(cases, dtype)
+        print_floors(rows, dtype)
+        print("No GPU here: nothing was timed.")
+    if arguments.json:
+        command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
+        result = {"machine": facts, "command": command.strip(), "rows": rows}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

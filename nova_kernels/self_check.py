@@ -1,0 +1,110 @@
+"""Every op on small inputs, against its reference: what a newcomer's unknown card is tried with."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nova_kernels.dispatch import Op
+from nova_kernels.ops import (
+    block_causal_attention,
+    diffusion_step,
+    frame_scale_shift,
+    residual_norm,
+    rope3d,
+    scale_shift,
+)
+
+# Errors relative to the reference in float64, at most.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """An op with inputs.
+
+    Attributes:
+        op: what is checked.
+        inputs: tensors that have one dtype.
+        run: (backend, *inputs) -> result, differentiable in the inputs if `has_gradient`.
+        has_gradient: whether gradients are checked too.
+    """
+
+    op: Op
+    inputs: list[Tensor]
+    run: Callable[..., Tensor]
+    has_gradient: bool = True
+
+
+def self_checks() -> Iterator[SelfCheck]:
+    """A case of every op, in float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, vector = (5, 33, 192), (5, 1, 192)
+    yield SelfCheck(
+        scale_shift.OP,
+        [randn(*rows), randn(*vector), randn(*vector)],
+        lambda backend, *t: scale_shift.scale_shift(*t, backend=backend),
+    )
+    yield SelfCheck(
+        residual_norm.OP,
+        [randn(*rows), randn(*rows), randn(192), randn(192), randn(*vector)],
+        lambda backend, x, h, weight, bias, gate: residual_norm.residual_norm(
+            x, h, weight, bias, gate=gate, backend=backend
+        ),
+    )
+    weights = [randn(24, 192) * 0.1, randn(384, 24) * 0.2, randn(384)]
+    yield SelfCheck(
+        frame_scale_shift.OP,
+        [randn(2, 1, 17, 192), randn(2, 3, 17, 192), *weights],
+        lambda backend, *t: frame_scale_shift.frame_scale_shift(*t, backend=backend),
+    )
+    angles = randn(1, 33, 16)
+    yield SelfCheck(
+        rope3d.OP,
+        [randn(2, 33, 3 * 4 * 32)],
+        lambda backend, qkv: rope3d.rope3d(
+            qkv, angles.cos().to(qkv), angles.sin().to(qkv), 4, backend=backend
+        ),
+    )
+    step = diffusion_step.StepCoefficients(0.9, -0.1, noise=0.2, guidance=5.0, renorm=0.5)
+    yield SelfCheck(
+        diffusion_step.OP,
+        [randn(3, 17, 16), randn(2, 3, 17, 16), randn(3, 17, 16)],
+        lambda backend, x, predictions, noise: diffusion_step.diffusion_step(
+            x, predictions, step, noise=noise, backend=backend
+        )[0],
+        has_gradient=False,
+    )
+    for head_dim in block_causal_attention.HEAD_DIMS:
+        now, before = (1, 2, 90, head_dim), (1, 2, 40, head_dim)
+        yield SelfCheck(
+            block_causal_attention.OP,
+            [randn(*now), randn(*now), randn(*now), randn(*before), randn(*before)],
+            lambda backend, q, k, v, *prefix: block_causal_attention.block_causal_attention(
+                q, k, v, [40, 17, 33], prefix_kv=prefix, backend=backend
+            ),
+        )
+
+
+def largest_error(check: SelfCheck, backend: str, device: str, dtype: torch.dtype) -> float:
+    """Relative error of result and gradients against the reference in float64, the largest.
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    # Inputs are rounded first, so that only the computation differs.
+    inputs = [t.to(device, dtype).requires_grad_(check.has_gradient) for t in check.inputs]
+    exact_inputs = [t.detach().double().requires_grad_(check.has_gradient) for t in inputs]
+    result, exact = check.run(backend, *inputs), check.run("reference", *exact_inputs)
+    pairs = [(result, exact)]
+    if check.has_gradient:
+        gradients = torch.autograd.grad(result.sum(), inputs)
+        pairs += zip(gradients, torch.autograd.grad(exact.sum(), exact_inputs), strict=True)
+    differences = ((a.detach().double(), b.detach()) for a, b in pairs)
+    errors = [(a - b).norm() / b.norm() for a, b in differences]
+    return float(torch.stack(errors).max().nan_to_num(torch.inf))

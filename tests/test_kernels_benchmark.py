@@ -1,0 +1,57 @@
+"""benchmarks/kernels.py, and through it the compilation of every Triton kernel for both cards."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_testing import needs_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kernels.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+@needs_triton
+def test_every_kernel_compiles_for_both_cards_without_spills(tmp_path):
+    result = run("--compile-report", "--json", tmp_path / "report.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    modules = {path.stem for path in (ROOT / "nova_kernels" / "ops").glob("[a-z]*.py")}
+    assert {row["op"] for row in rows} == modules
+    for row in rows:
+        assert row["shared_memory"] <= row["limit"] and 0 < row["occupancy"] <= 1, row
+        assert row["spills"] == 0 or not row["real"], row
+    cards = [{row["case"] for row in rows if row["architecture"] == a} for a in (80, 90)]
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured instead")
+def test_costs_without_a_gpu(tmp_path):
+    result = run("--op", "residual_norm", "--json", tmp_path / "costs.json")
+    assert result.returncode == 0, result.stderr
+    assert "nothing was timed" in result.stdout
+    row, *_ = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    # Two tensors read and one written, in bfloat16.
+    assert row["bytes"] == 3 * 48 * 1800 * 1024 * 2
+    assert row["A100_floor_us"] == pytest.approx(row["bytes"] / 2.039e12 * 1e6)
+
+
+@pytest.mark.gpu
+def test_all_ops_are_right_and_timed(tmp_path):
+    result = run("--json", tmp_path / "times.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert all(row["microseconds"] > 0 for row in rows if "refused" not in row)

@@ -1,0 +1,82 @@
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_testing import DEVICE, DTYPES, needs_triton
+
+import nova_kernels
+from nova_kernels import reporting
+from nova_kernels.dispatch import VARIABLE, Op
+from nova_kernels.ops import scale_shift
+from nova_kernels.self_check import self_checks
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    monkeypatch.setattr(reporting, "DTYPES", DTYPES)
+
+
+@needs_triton
+def test_report_finds_all_ops_right(no_bfloat16):
+    entries = nova_kernels.report(DEVICE)
+    assert {entry.backend for entry in entries} == {"reference", "triton"}
+    assert len({entry.op for entry in entries}) == 6
+    for entry in entries:
+        assert entry.obstacle is None and entry.is_right and entry.errors, entry
+        assert entry.verified or not entry.default, entry
+
+
+def test_report_finds_a_wrong_op(monkeypatch):
+    def wrong(x, scale, shift, eps=1e-6):
+        return x * (1 + scale) + shift  # the norm forgotten
+
+    monkeypatch.setattr(
+        scale_shift,
+        "reference",
+        lambda x, *t: wrong(x, *t) * (1 + 1e-3 * (x.dtype == torch.float32)),
+    )
+    monkeypatch.setattr(reporting, "self_checks", lambda: itertools.islice(self_checks(), 1))
+    entry = nova_kernels.report("cpu")[0]
+    assert not entry.is_right and "float32: error" in entry.failure
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on a GPU")
+def test_command_on_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-m", "nova_kernels"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "* scale_shift" in result.stdout and "it needs tensors on a GPU" in result.stdout
+
+
+def test_automatic_choice(monkeypatch):
+    """Only what is verified and can run is chosen by itself; a name runs or raises."""
+    on_cpu = torch.empty(0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    unverified, verified = Op("scale_shift"), Op("scale_shift", verified=frozenset({"triton"}))
+    assert unverified.choose("auto", on_cpu) == "reference"
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert verified.choose("auto", on_cpu) == "reference"
+    monkeypatch.setenv(VARIABLE, "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        verified.choose("auto", on_cpu)
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert verified.choose("auto", on_cpu) == "reference"
+    with pytest.raises(nova_kernels.BackendError, match="Triton|GPU"):
+        verified.choose("triton", on_cpu)
+
+
+@needs_triton
+def test_automatic_choice_of_what_is_verified(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    op = Op("scale_shift", verified=frozenset({"triton"}))
+    assert op.choose("auto", torch.empty(0)) == "triton"
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'scale_shfit'"):
+        _ = nova_kernels.scale_shfit
+    assert "scale_shift" in dir(nova_kernels)
