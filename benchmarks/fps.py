@@ -27,6 +27,7 @@ from nova.devices import check_device
 from nova.errors import NovaError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
+from nova_kernels.dispatch import BACKENDS
 
 SAMPLERS: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
 # Outputs of all samplers must agree with plain's to this relative error.
@@ -65,7 +66,7 @@ GPU_WORKLOADS = (
 
 
 def measure(
-    workload: Workload, batch: int, device: torch.device, dtype: torch.dtype
+    workload: Workload, batch: int, device: torch.device, dtype: torch.dtype, backend: str
 ) -> list[dict[str, Any]]:
     """Rows of all samplers for one workload and batch size; they take turns, `repeats` times."""
     run = RandomModelRun(
@@ -77,6 +78,7 @@ def measure(
         num_sets=workload.num_sets,
         device=device,
         dtype=dtype,
+        backend=backend,
     )
     latencies: dict[str, list[float]] = {name: [] for name in SAMPLERS}
     outputs, peaks = {}, {}
@@ -103,6 +105,7 @@ def measure(
             "batch": batch,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
+            "backend": backend,
             "latency_s": statistics.median(times),
             "latencies_s": times,
             "fps": batch * pixel_frames / statistics.median(times),
@@ -144,6 +147,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: by geometry")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of the ops")
     parser.add_argument("--repeats", type=int, help="timed runs of each sampler")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
@@ -165,7 +169,7 @@ def main() -> int:
             workload = Workload(**{**vars(workload), "repeats": arguments.repeats})
         for batch in arguments.batch or workload.batches:
             print(f"sampling {workload.geometry}, batch {batch} ...", file=sys.stderr, flush=True)
-            rows += measure(workload, batch, device, dtype)
+            rows += measure(workload, batch, device, dtype, arguments.backend)
     print_table(rows, facts)
     if arguments.json:
         command = "python benchmarks/fps.py " + " ".join(sys.argv[1:])

@@ -21,6 +21,7 @@ class RandomModelRun:
         geometry: a name of `nova.config.NAMED_CONFIGS` with text conditioning.
         num_frames, num_steps, num_diffusion_steps: T, A and D.
         num_sets: run only so many sets of the first frame; None: the whole video.
+        backend: of the ops, see `nova_kernels.dispatch`.
 
     Attributes:
         sets_of_video: non-empty sets of a whole video.
@@ -38,11 +39,13 @@ class RandomModelRun:
         device: torch.device,
         dtype: torch.dtype,
         num_sets: int | None = None,
+        backend: str = "auto",
     ):
         config = named_config(geometry)
         torch.manual_seed(0)
         with device:
             self._model = NOVATransformer(config).to(dtype).eval().requires_grad_(False)
+        self._model.set_backend(backend)
         self._guidance = Guidance(scale=5.0)
         self._schedule = FlowMatchConfig().schedule(num_diffusion_steps)
         prompts = torch.randn(batch, config.text_token_len, config.text_token_dim)

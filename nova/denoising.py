@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, guided_with_renorm
+import nova_kernels
+
+from .guidance import Guidance
 from .head import PreparedHead
 from .layers import patchify
 from .noise import NoiseSource
@@ -51,75 +53,39 @@ def denoise(
     Returns:
         (B, n, token_dim) clean tokens.
     """
+    steps = [
+        nova_kernels.StepCoefficients(
+            *numbers,
+            guidance=scale,
+            image_guidance=guidance.image_scale,
+            renorm=guidance.renorm if guidance.renormalises else 1.0,
+        )
+        for numbers in zip(schedule.sample, schedule.prediction, schedule.noise, strict=True)
+    ]
     x, get_outside = noisy.draw()
-    batch, size, token_dim = x.shape
-    outside = OutsideTokens(get_outside(), schedule) if guidance.renormalises else None
-    condition = head.condition(z.flatten(0, 1))
-    guided = guidance.guided_steps(schedule.timesteps)
-    phases = ((0, guided, guidance.passes), (guided, len(schedule), 1))
-    x = x.flatten(0, 1)
-    for first, last, passes in phases:
-        rows = passes * batch * size
-        chunk = head.steps_per_chunk(rows)
-        for start in range(first, last, chunk):
-            stop = min(start + chunk, last)
-            vectors = head.modulate(condition[:rows], start, stop, passes)
-            for d in range(start, stop):
-                predictions = head.predict(x, vectors[d - start])
-                factor = None
-                if passes > 1 and outside is not None:
-                    shaped = predictions.unflatten(1, (batch, size))
-                    prediction, factor = guided_with_renorm(
-                        shaped, outside.squared_norm(), guidance, scale
-                    )
-                    prediction = prediction.flatten(0, 1)
-                else:
-                    prediction = _combine(predictions, guidance, scale)
-                a, b, n = schedule.sample[d], schedule.prediction[d], schedule.noise[d]
-                x = (x if a == 1.0 else x * a).add(prediction, alpha=b)
-                fresh = None
-                if n != 0.0:
-                    inside, fresh = noisy.draw()
-                    x.add_(inside.flatten(0, 1), alpha=n)
-                if factor is not None:
-                    outside.step(a + b * factor, n, fresh)
-    return x.view(batch, size, token_dim)
+    # Steps that add noise draw it in their order, as the reference does.
+    drawn = {d: noisy.draw() for d, step in enumerate(steps) if step.noise != 0}
+    noise = _of_all_steps({d: inside for d, (inside, _) in drawn.items()}, len(steps))
+    outside = None
+    if guidance.renormalises:
+        fresh = {d: get_fresh() for d, (_, get_fresh) in drawn.items()}
+        outside = nova_kernels.Outside(get_outside(), _of_all_steps(fresh, len(steps)))
+    return nova_kernels.denoise(
+        x,
+        head.condition(z).unflatten(0, (-1, len(x))),
+        head.time_embeddings,
+        head.weights,
+        steps,
+        guided_steps=guidance.guided_steps(schedule.timesteps),
+        noise=noise,
+        outside=outside,
+        backend=head.backend,
+    )
 
 
-def _combine(predictions: Tensor, guidance: Guidance, scale: float) -> Tensor:
-    """(passes, rows, token_dim) -> guided prediction (rows, token_dim)."""
-    if len(predictions) == 1:
-        return predictions[0]
-    if len(predictions) == 2:
-        return torch.lerp(predictions[1], predictions[0], scale)
-    cond, uncond, image = predictions
-    return uncond + scale * (cond - image) + guidance.image_scale * (image - uncond)
-
-
-class OutsideTokens:
-    """Noisy tokens outside the set, which guidance renormalisation counts in its norms.
-
-    They evolve as x <- f x + n noise with one factor f a sample, so without noise their squared
-    norm is all that must be known.
-
-    Args:
-        tokens: (B, N - n, token_dim) at the start.
-    """
-
-    def __init__(self, tokens: Tensor, schedule: DiffusionSchedule):
-        self._squared_norm = tokens.float().square().sum(dim=(1, 2))
-        self._tokens = None if schedule.is_deterministic else tokens
-
-    def squared_norm(self) -> Tensor:
-        """(B,) float32."""
-        return self._squared_norm
-
-    def step(self, factor: Tensor, noise_scale: float, fresh: Callable | None) -> None:
-        """One denoise step, with the (B,) factor of x and this step's noise, if any."""
-        if self._tokens is None:
-            self._squared_norm = self._squared_norm * factor.float().square()
-            return
-        self._tokens = self._tokens * factor[:, None, None].to(self._tokens.dtype)
-        if fresh is not None:
-            self._tokens = self._tokens.add(fresh(), alpha=noise_scale)
-        self._squared_norm = self._tokens.float().square().sum(dim=(1, 2))
+def _of_all_steps(noise: dict[int, Tensor], num_steps: int) -> Tensor | None:
+    """Noise by step -> (num_steps, ...), zeros where a step adds none; None if none does."""
+    if not noise:
+        return None
+    zeros = torch.zeros_like(next(iter(noise.values())))
+    return torch.stack([noise.get(step, zeros) for step in range(num_steps)])

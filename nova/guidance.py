@@ -1,10 +1,7 @@
-"""Classifier-free guidance: how many passes run, and how their predictions combine."""
+"""Classifier-free guidance: its settings, and how many passes run. `diffusion_step` combines."""
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from .errors import InputError
 
@@ -62,36 +59,3 @@ class Guidance:
             return 0
         below = (i for i, t in enumerate(timesteps) if t < self.trunc)
         return next(below, len(timesteps))
-
-
-def guided_with_renorm(
-    predictions: Tensor, outside: Tensor, guidance: Guidance, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Combine predictions with guidance renormalisation.
-
-    The norms run over whole frames: outside the set, every pass "predicts" the noisy tokens
-    themselves, so their guided prediction is those tokens too and only its squared norm counts.
-
-    Args:
-        predictions: (passes, B, n, token_dim) of the set's tokens.
-        outside: (B,) squared norm of the noisy tokens outside the set.
-        scale: guidance scale of this step.
-
-    Returns:
-        The guided prediction (B, n, token_dim), and the factor (B,) that multiplied the prediction
-        outside the set.
-    """
-    cond, uncond = predictions[0], predictions[1]
-    image = predictions[2] if guidance.passes == 3 else uncond
-    guided = uncond + scale * (cond - image)
-    factor = _norm(cond, outside) / _norm(guided, outside)
-    factor = factor.clamp(guidance.renorm, 1.0)
-    guided = guided * factor[:, None, None].to(guided.dtype)
-    if guidance.passes == 3:
-        guided = guided + guidance.image_scale * (image - uncond)
-    return guided, factor
-
-
-def _norm(x: Tensor, outside: Tensor) -> Tensor:
-    """Norm (B,) over a sample's values and those outside; float32, since squares overflow half."""
-    return torch.sqrt(x.float().square().sum(dim=(1, 2)) + outside)

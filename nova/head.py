@@ -1,19 +1,16 @@
 """The diffusion MLP: predicts noise or velocity of one token from the encoder's output for it.
 
-`DiffusionMLP` is the layer as trained. `PreparedHead` is the same function arranged for sampling:
-what does not change inside the denoise loop is computed before it.
+`DiffusionMLP` is the layer as trained. `PreparedHead` is the same function arranged for sampling.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nova_kernels import residual_norm, scale_shift
+from nova_kernels.ops.denoise import ADA_NORM_EPS, BlockWeights, HeadWeights, with_unit_scale
+
 from .layers import PatchEmbed
 from .positions import timestep_features
-
-ADA_NORM_EPS = 1e-6
 
 
 class Projector(nn.Module):
@@ -51,22 +48,30 @@ class Modulation(nn.Module):
 
 
 class DiffusionBlock(nn.Module):
-    """x + gate * norm2(mlp(LN(x) * (1 + scale) + shift))."""
+    """x + gate * norm2(mlp(LN(x) * (1 + scale) + shift)).
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
+        self.backend = "auto"
         self.norm1 = Modulation(dim, num_stats=3)
         self.proj = Projector(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         scale, shift, gate = self.norm1.proj(z).chunk(3, dim=-1)
-        return x + gate * self.norm2(self.proj(scale_shift(x, scale, shift)))
+        h = scale_shift(x, scale, shift, eps=ADA_NORM_EPS, backend=self.backend)
+        return self.add_gated(x, self.proj(h), gate)
 
-
-def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift, the LayerNorm without affine parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=ADA_NORM_EPS) * (1 + scale) + shift
+    def add_gated(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        """x + gate * norm2(branch)."""
+        norm = self.norm2
+        return residual_norm(
+            x, branch, norm.weight, norm.bias, gate=gate, eps=norm.eps, backend=self.backend
+        )
 
 
 class DiffusionMLP(nn.Module):
@@ -76,10 +81,14 @@ class DiffusionMLP(nn.Module):
         depth, dim: number and width of the blocks.
         cond_dim: width of the image encoder.
         patch_size, image_dim: a token is patch_size^2 * image_dim values in `patchify`'s order.
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
     """
 
     def __init__(self, depth: int, dim: int, cond_dim: int, patch_size: int, image_dim: int):
         super().__init__()
+        self.backend = "auto"
         self.patch_embed = PatchEmbed(image_dim, dim, patch_size)
         self.time_cond_embed = TimeConditionEmbed(cond_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(dim) for _ in range(depth))
@@ -107,97 +116,47 @@ class DiffusionMLP(nn.Module):
     def predict_tokens(self, h: Tensor, z: Tensor) -> Tensor:
         """The last layer: features (..., dim) and silu(condition) z -> (..., token_dim)."""
         scale, shift = self.norm.proj(z).chunk(2, dim=-1)
-        return self.head(scale_shift(h, scale, shift))
-
-
-# Modulation vectors are made for as many denoise steps at once as fit this many bytes.
-MODULATION_BUDGET = 256 * 2**20
-
-
-@dataclass
-class StepVectors:
-    """Modulation of one denoise step: per block (1 + scale, shift, gate), and the last two."""
-
-    blocks: list[tuple[Tensor, Tensor, Tensor]]
-    final: tuple[Tensor, Tensor]
+        return self.head(scale_shift(h, scale, shift, eps=ADA_NORM_EPS, backend=self.backend))
 
 
 class PreparedHead:
-    """A `DiffusionMLP` arranged for the denoise loop of a run.
+    """A `DiffusionMLP` arranged for the denoise loop of a run (`nova_kernels.denoise`).
 
-    Timestep embeddings are computed once a run. `condition_proj` runs once a set, and the vectors
-    of the adaptive norms, which depend on condition and timestep alone, come from one GEMM over all
-    steps (`modulate`), so that the loop itself (`predict`) holds only the blocks' MLPs.
+    Timestep embeddings are computed once a run, `condition_proj` once a set.
 
     Args:
-        head: the trained layer; its weights are read, not copied, except for two small ones.
+        head: the trained layer; its weights are read, not copied, except for small ones.
         timesteps: (D,) diffusion times of the loop.
+
+    Attributes:
+        weights: of what is in the loop.
+        time_embeddings: (D, dim).
+        backend: of the ops, see `nova_kernels.dispatch`.
     """
 
     def __init__(self, head: DiffusionMLP, timesteps: Tensor):
-        self._head = head
-        self._time_embeddings = head.time_cond_embed.embed_timesteps(timesteps)
-        self._patch_weight = head.patch_embed.token_weight()
-        self._projections = [
-            _with_unit_scale(modulation.proj)
-            for modulation in (*(block.norm1 for block in head.blocks), head.norm)
-        ]
+        self._embed = head.time_cond_embed
+        self.backend = head.backend
+        self.time_embeddings = self._embed.embed_timesteps(timesteps)
+        self.weights = HeadWeights(
+            embed=(head.patch_embed.token_weight(), head.patch_embed.proj.bias),
+            blocks=tuple(
+                BlockWeights(
+                    *(_linear(layer) for layer in (block.proj.fc1, block.proj.fc2, block.norm2))
+                )
+                for block in head.blocks
+            ),
+            modulations=tuple(
+                with_unit_scale(*_linear(modulation.proj))
+                for modulation in (*(block.norm1 for block in head.blocks), head.norm)
+            ),
+            head=_linear(head.head),
+        )
 
     def condition(self, cond: Tensor) -> Tensor:
-        """(rows, cond_dim) encoder output -> (rows, dim), what `modulate` takes."""
-        return self._head.time_cond_embed.condition_proj(cond)
-
-    def steps_per_chunk(self, rows: int) -> int:
-        """Denoise steps whose modulation vectors for `rows` rows fit the memory budget."""
-        per_step = rows * sum(weight.shape[0] for weight, _ in self._projections)
-        item = self._patch_weight.element_size()
-        return max(1, MODULATION_BUDGET // (per_step * item))
-
-    def modulate(self, condition: Tensor, start: int, stop: int, passes: int) -> list[StepVectors]:
-        """The vectors of denoise steps start..stop-1 for conditions (passes * n, dim).
-
-        Every vector is (passes, n, dim).
-        """
-        z = F.silu(condition + self._time_embeddings[start:stop, None])
-        vectors = [
-            F.linear(z, weight, bias).unflatten(1, (passes, -1))
-            for weight, bias in self._projections
-        ]
-        blocks = [v.unflatten(-1, (3, -1)).unbind(-2) for v in vectors[:-1]]
-        final = vectors[-1].unflatten(-1, (2, -1)).unbind(-2)
-        return [
-            StepVectors(
-                blocks=[(scale[d], shift[d], gate[d]) for scale, shift, gate in blocks],
-                final=(final[0][d], final[1][d]),
-            )
-            for d in range(stop - start)
-        ]
-
-    def predict(self, x: Tensor, vectors: StepVectors) -> Tensor:
-        """Predictions of one denoise step.
-
-        Args:
-            x: (n, token_dim) noisy tokens, shared by all guidance passes.
-            vectors: `modulate`'s result for this step.
-
-        Returns:
-            (passes, n, token_dim).
-        """
-        head = self._head
-        # One pass until the first block's vectors, which differ between passes, broadcast it.
-        h = F.linear(x, self._patch_weight, head.patch_embed.proj.bias)[None]
-        width = h.shape[-1:]
-        for block, (scale, shift, gate) in zip(head.blocks, vectors.blocks, strict=True):
-            y = torch.addcmul(shift, F.layer_norm(h, width, eps=ADA_NORM_EPS), scale)
-            y = block.proj.fc2(F.silu(block.proj.fc1(y)))
-            h = torch.addcmul(h, gate, block.norm2(y))
-        scale, shift = vectors.final
-        h = torch.addcmul(shift, F.layer_norm(h, width, eps=ADA_NORM_EPS), scale)
-        return head.head(h)
+        """(..., cond_dim) encoder output -> (..., dim), what the loop takes."""
+        return self._embed.condition_proj(cond)
 
 
-def _with_unit_scale(proj: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a modulation whose first output is 1 + scale instead of scale."""
-    bias = proj.bias.clone()
-    bias[: proj.in_features] += 1
-    return proj.weight, bias
+def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return layer.weight, layer.bias

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nova_kernels import block_causal_attention, residual_norm, rotate_heads
+
 
 @dataclass
 class Rotary:
-    """Rotary table: cos and sin of shape (batch or 1, 1, tokens, head_dim / 2)."""
+    """Rotary table: cos and sin of shape (batch or 1, tokens, head_dim / 2)."""
 
     cos: Tensor
     sin: Tensor
@@ -18,17 +20,11 @@ class Rotary:
     def from_angles(cls, angles: Tensor, dtype: torch.dtype) -> "Rotary":
         """From angles (tokens, head_dim / 2) or (batch, tokens, head_dim / 2)."""
         angles = angles if angles.dim() == 3 else angles[None]
-        return cls(angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None])
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def slice(self, start: int, stop: int) -> "Rotary":
         """The table of tokens start..stop-1."""
-        return Rotary(self.cos[:, :, start:stop], self.sin[:, :, start:stop])
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotate the pairs (2k, 2k + 1) of x (batch, heads, tokens, head_dim)."""
-        even, odd = x[..., 0::2], x[..., 1::2]
-        rotated = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
-        return torch.stack(rotated, dim=-1).flatten(-2)
+        return Rotary(self.cos[:, start:stop], self.sin[:, start:stop])
 
 
 class KeyValueCache:
@@ -56,36 +52,16 @@ class KeyValueCache:
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_lengths: list[int]) -> Tensor:
-    """Attention in which a query sees every block up to its own.
-
-    Args:
-        q: (batch, heads, n, head_dim) with n = sum(block_lengths).
-        k, v: (batch, heads, m, head_dim) with m >= n; the first m - n tokens (a cached prefix) are
-            seen by all queries.
-
-    Returns:
-        (batch, heads, n, head_dim).
-    """
-    prefix = k.shape[2] - q.shape[2]
-    outputs, start = [], 0
-    for length in block_lengths:
-        stop = start + length
-        visible = prefix + stop
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:stop], k[:, :, :visible], v[:, :, :visible]
-            )
-        )
-        start = stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
 class Attention(nn.Module):
-    """Multi-head attention; qkv output is laid out (3, heads, head_dim)."""
+    """Multi-head attention; qkv output is laid out (3, heads, head_dim).
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
+        self.backend = "auto"
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -102,7 +78,7 @@ class Attention(nn.Module):
         """Attend from x (batch, tokens, dim) to itself and to what the cache holds.
 
         Args:
-            block_lengths: attend block-causally (see `block_causal_attention`); None: everything.
+            block_lengths: attend block-causally, after what the cache held; None: everything.
             rows: only these tokens ask (and are returned); all tokens still are keys and values.
 
         Returns:
@@ -117,13 +93,20 @@ class Attention(nn.Module):
             k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]), 2)
         if rotary is not None:
             q_rotary = rotary if rows is None else rotary.slice(rows.start, rows.stop)
-            q, k = q_rotary.apply(q), rotary.apply(k)
+            q = rotate_heads(q, q_rotary.cos, q_rotary.sin, backend=self.backend)
+            k = rotate_heads(k, rotary.cos, rotary.sin, backend=self.backend)
+        earlier = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)
-        if block_lengths is None:
+        if block_lengths is None or len(block_lengths) == 1:
+            # Nothing is masked: what the best library is for.
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = block_causal_attention(q, k, v, block_lengths)
+            prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
+            k, v = k[:, :, earlier:], v[:, :, earlier:]
+            out = block_causal_attention(
+                q, k, v, block_lengths, prefix_kv=prefix, backend=self.backend
+            )
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -144,10 +127,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with the residual added after the norm: x + norm(f(x))."""
+    """Transformer block with the residual added after the norm: x + norm(f(x)).
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
+        self.backend = "auto"
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
@@ -164,8 +152,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (batch, tokens, dim) -> the same, or only its `rows`. See `Attention.forward`."""
         attended = self.attn(x, rotary=rotary, cache=cache, block_lengths=block_lengths, rows=rows)
-        x = (x if rows is None else x[:, rows]) + self.norm1(attended)
-        return x + self.norm2(self.mlp(x))
+        x = self._add_normed(x if rows is None else x[:, rows], attended, self.norm1)
+        return self._add_normed(x, self.mlp(x), self.norm2)
+
+    def _add_normed(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return residual_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, backend=self.backend)
 
 
 class PatchEmbed(nn.Module):

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nova_kernels import frame_scale_shift
+from nova_kernels.dispatch import check_backend
+
 from .config import EncoderConfig, ModelConfig
 from .head import DiffusionMLP
 from .layers import Block, KeyValueCache, PatchEmbed, Rotary
@@ -105,16 +108,23 @@ class Mixer(nn.Module):
 
     Args:
         rank: of the projection; negative for full rank.
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
     """
 
     def __init__(self, dim: int, rank: int):
         super().__init__()
+        self.backend = "auto"
         self.lora = nn.Linear(dim, rank, bias=False) if rank > 0 else nn.Identity()
         self.proj = nn.Linear(rank if rank > 0 else dim, 2 * dim)
 
     def forward(self, first: Tensor, current: Tensor) -> Tensor:
         """first * (1 + scale(current)) + shift(current); both (..., dim), broadcast."""
-        scale, shift = self.proj(self.lora(F.silu(current))).chunk(2, dim=-1)
+        if isinstance(self.lora, nn.Linear):
+            weights = self.lora.weight, self.proj.weight, self.proj.bias
+            return frame_scale_shift(first, current, *weights, backend=self.backend)
+        scale, shift = self.proj(F.silu(current)).chunk(2, dim=-1)
         return first * (1 + scale) + shift
 
 
@@ -156,6 +166,19 @@ class NOVATransformer(nn.Module):
         self.image_encoder = Encoder(config.image_encoder, config.image_dim, patch)
         head = config.image_decoder
         self.image_decoder = DiffusionMLP(head.depth, head.embed_dim, dim, patch, config.image_dim)
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the implementation of all ops: "auto", "reference", "triton" or "cuda".
+
+        What a named one cannot do (`nova_kernels.report()` tells) raises when it is called.
+
+        Raises:
+            ValueError: there is no such backend.
+        """
+        check_backend(backend)
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nova_kernels.dispatch import check_backend
+
 from . import inputs
 from .checkpoint import find_folder
 from .codec import LatentCodec
@@ -76,6 +78,7 @@ class NOVAPipeline:
         vae: LatentCodec | None | str = LOAD,
         variant: str | None = None,
         allow_pickle: bool = False,
+        backend: str = "auto",
         **hub_options: Any,
     ) -> "NOVAPipeline":
         """Open a checkpoint folder in the format of the released ones, a hub id, or "shapes".
@@ -89,17 +92,22 @@ class NOVAPipeline:
                 encoder of 2.7B parameters is not needed when prompt_embeds are given).
             variant: of the transformer's weight files, such as "fp16".
             allow_pickle: also read .bin weights, their tensors only.
+            backend: implementation of the transformer's ops, see `NOVATransformer.set_backend`.
             hub_options: revision, cache_dir, token, local_files_only.
 
         Raises:
             CheckpointError, ConfigError: what is wrong with which file.
             DependencyError: an SD / SDXL VAE without diffusers.
+            ValueError: an unknown backend.
         """
+        check_backend(backend)
         folder = find_folder(name_or_path, allow_pickle=allow_pickle, **hub_options)
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         options = {"variant": variant, "allow_pickle": allow_pickle}
         parts = load_parts(folder, dtype, vae=vae, text_encoder=text_encoder, **options)
-        return cls(*parts, GenerationConfig.read(folder))
+        pipeline = cls(*parts, GenerationConfig.read(folder))
+        pipeline.transformer.set_backend(backend)
+        return pipeline
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""

@@ -46,8 +46,7 @@ class Op:
         """
         if backend == "auto":
             backend = os.environ.get(VARIABLE, "auto")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+        check_backend(backend)
         if backend == "reference":
             return backend
         if backend == "auto":
@@ -78,6 +77,12 @@ class Op:
         return importlib.import_module(f"nova_kernels.{backend}_kernels.{self.name}")
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+
+
 def is_interpreting() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors too (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -101,6 +106,6 @@ def define(schema: str, function: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"nova_kernels::{name}", fake, lib=LIBRARY)
 
 
-def new_rows(x: Tensor) -> Tensor:
+def new_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty contiguous tensor like x."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

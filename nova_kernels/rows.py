@@ -35,33 +35,23 @@ class Rows:
 
 
 def as_rows(*tensors: Tensor) -> Rows:
-    """Bring tensors to the first one's shape, and find two axes that describe their rows.
-
-    Args:
-        tensors: (..., width); all but the first may be broadcast to its shape.
+    """Find two axes that describe the rows of tensors of one shape (..., width).
 
     Raises:
-        ValueError: a tensor does not broadcast to the first one's shape.
+        ValueError: their shapes differ, and a kernel would read beyond them.
     """
-    shape = tensors[0].shape
-    expanded = []
-    for tensor in tensors:
-        try:
-            tensor = tensor.expand(shape)
-        except RuntimeError:
-            raise ValueError(
-                f"shape {tuple(tensor.shape)} does not broadcast to {tuple(shape)}"
-            ) from None
-        expanded.append(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-    axes = _merged_axes(expanded)
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise ValueError(f"rows of different shapes: {[tuple(t.shape) for t in tensors]}")
+    strided = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    axes = _merged_axes(strided)
     if len(axes) > 2:
-        expanded = [tensor.contiguous() for tensor in expanded]
-        axes = _merged_axes(expanded)
+        strided = [tensor.contiguous() for tensor in strided]
+        axes = _merged_axes(strided)
     while len(axes) < 2:
-        axes.insert(0, (1, (0,) * len(expanded)))
+        axes.insert(0, (1, (0,) * len(strided)))
     (outer, outer_strides), (inner, inner_strides) = axes
     strides = tuple(zip(outer_strides, inner_strides, strict=True))
-    return Rows(tuple(expanded), strides, outer, inner, shape[-1])
+    return Rows(tuple(strided), strides, outer, inner, tensors[0].shape[-1])
 
 
 def _merged_axes(tensors: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:

@@ -28,12 +28,6 @@ def inputs(shape, passes, dtype=torch.float32, *, masked=False):
     return x, predictions, noise, outside, mask if masked else None
 
 
-def plain(x, predictions, step, noise, outside, mask):
-    """Plain torch in the input's dtype: the reference would compute in float32."""
-    result, _ = reference(x.float(), predictions.float(), step, noise.float(), outside, mask)
-    return result.to(x.dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("passes, renorm, masked", itertools.product((1, 2, 3), (1.0, 0.3), (0, 1)))
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,7 +41,7 @@ def test_triton_is_as_exact_as_torch(shape, passes, renorm, masked, dtype):
         result, factors = diffusion_step(
             x, predictions, step, noise=noise, outside=outside, mask=mask, backend="triton"
         )
-    by_torch = plain(x, predictions, step, noise, outside, mask)
+    by_torch, _ = reference(x, predictions, step, noise, outside, mask)
     assert_as_exact_as_torch(result, by_torch, right)
     assert torch.allclose(factors.double(), factor.double(), rtol=1e-5)
     if passes == 1 or renorm == 1:
@@ -78,6 +72,22 @@ def test_what_the_numbers_mean(backend):
     guided = step(sample=0.0, prediction=1.0, guidance=9.0, renorm=0.0)
     for ours, of_cond, chosen in zip(guided, cond, mask, strict=True):
         assert torch.allclose(ours[chosen].norm(), of_cond[chosen].norm())
+
+
+def test_three_passes_and_renorm_over_the_whole_frame():
+    """Written out over whole frames, with the noisy tokens as predictions outside the set."""
+    numbers = StepCoefficients(0.0, 1.0, guidance=4.0, image_guidance=1.5, renorm=0.3)
+    for passes in (2, 3):
+        outside, inside = randn(2, 7, 4, seed=1), randn(passes, 2, 3, 4, seed=2)
+        squares = outside.square().sum((1, 2))
+        guided, factor = diffusion_step(inside[0], inside, numbers, outside=squares)
+        cond, uncond, *_, image = [torch.cat([x, outside], dim=1) for x in (*inside, inside[-1])]
+        expected = uncond + 4.0 * (cond - image)
+        ratio = cond.norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+        assert torch.allclose(factor, ratio.clamp(0.3, 1.0))
+        expected = expected * factor[:, None, None] + 1.5 * (image - uncond)
+        assert torch.allclose(guided, expected[:, :3], atol=1e-5)
+        assert torch.allclose(factor[:, None, None] * outside, expected[:, 3:], atol=1e-5)
 
 
 @needs_triton

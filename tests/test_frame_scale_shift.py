@@ -69,7 +69,9 @@ def test_reference_is_the_layer(shapes):
 @needs_triton
 def test_operator_contract_and_compile():
     leaves = inputs((2, 1, 3, 40), (2, 2, 3, 40), 5)
-    torch.library.opcheck(torch.ops.nova_kernels.frame_scale_shift.default, (*leaves, "triton"))
+    first = leaves[0].detach().expand_as(leaves[1]).requires_grad_()
+    arguments = (first, *leaves[1:], "triton")
+    torch.library.opcheck(torch.ops.nova_kernels.frame_scale_shift.default, arguments)
     compiled = torch.compile(
         lambda *t: frame_scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
     )
@@ -82,10 +84,13 @@ def test_operator_contract_and_compile():
 
 
 @needs_triton
-def test_ranks_beyond_the_kernel():
+def test_what_the_kernel_does_not_take():
     leaves = inputs((2, 8), (2, 8), MAX_RANK + 1)
     with pytest.raises(BackendError, match="ranks up to"), torch.no_grad():
         frame_scale_shift(*leaves, backend="triton")
+    *others, bias = inputs((2, 8), (2, 8), 4)
+    with pytest.raises(BackendError, match="one dtype"), torch.no_grad():
+        frame_scale_shift(*others, bias.half(), backend="triton")
     assert torch.allclose(frame_scale_shift(*leaves), reference(*leaves))
 
 
@@ -95,7 +100,5 @@ def test_arguments_that_do_not_fit():
         frame_scale_shift(first, current, down[:, :7], up, bias)
     with pytest.raises(ValueError, match="bias must be"):
         frame_scale_shift(first, current, down, up, bias[:8])
-    with pytest.raises(ValueError, match="first"):
+    with pytest.raises(ValueError, match="one width"):
         frame_scale_shift(first[:, :4], current, down, up, bias)
-    with pytest.raises(ValueError, match="up has dtype"):
-        frame_scale_shift(first, current, down, up.half(), bias)

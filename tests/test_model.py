@@ -14,7 +14,6 @@ from nova.layers import (
     Attention,
     KeyValueCache,
     Rotary,
-    block_causal_attention,
     patchify,
     unpatchify,
 )
@@ -128,17 +127,6 @@ def test_patch_embedding_of_tokens_is_the_convolution():
     torch.testing.assert_close(embed.embed_tokens(patchify(latents, 2)), embed(latents))
 
 
-def test_block_causal_attention_equals_a_mask():
-    lengths, prefix = [3, 1, 4], 2
-    q = torch.randn(2, 2, 8, 4)
-    k, v = torch.randn(2, 2, 2, 10, 4)
-    block = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    seen = torch.cat([torch.full((prefix,), -1), block])
-    mask = block[:, None] >= seen[None]
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(block_causal_attention(q, k, v, lengths), expected)
-
-
 def test_cached_attention_equals_block_causal_attention():
     attention = Attention(16, 2).requires_grad_(False)
     x = torch.randn(2, 9, 16)
@@ -146,6 +134,10 @@ def test_cached_attention_equals_block_causal_attention():
     cache = KeyValueCache(9)
     parts = [attention(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 7), (7, 9))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    cache = KeyValueCache(9)
+    first = attention(x[:, :4], cache=cache)
+    later = attention(x[:, 4:], cache=cache, block_lengths=[3, 2])
+    torch.testing.assert_close(torch.cat([first, later], dim=1), whole)
 
 
 def test_attention_rows_equal_those_of_the_whole():

@@ -29,14 +29,12 @@ def test_report_finds_all_ops_right(no_bfloat16):
 
 
 def test_report_finds_a_wrong_op(monkeypatch):
-    def wrong(x, scale, shift, eps=1e-6):
-        return x * (1 + scale) + shift  # the norm forgotten
+    right = scale_shift.reference
 
-    monkeypatch.setattr(
-        scale_shift,
-        "reference",
-        lambda x, *t: wrong(x, *t) * (1 + 1e-3 * (x.dtype == torch.float32)),
-    )
+    def wrong_in_float32(x, *others):
+        return right(x, *others) * (1.001 if x.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(scale_shift, "reference", wrong_in_float32)
     monkeypatch.setattr(reporting, "self_checks", lambda: itertools.islice(self_checks(), 1))
     entry = nova_kernels.report("cpu")[0]
     assert not entry.is_right and "float32: error" in entry.failure

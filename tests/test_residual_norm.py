@@ -70,6 +70,13 @@ def test_triton_is_as_exact_as_torch(shape, gate_shape, affine, dtype):
 
 
 @needs_triton
+def test_a_residual_shared_by_several_passes():
+    x, h, gate = randn(1, 4, 24, seed=1), randn(3, 4, 24, seed=2), randn(3, 4, 24, seed=3)
+    result = residual_norm(x, h, gate=gate, backend="triton")
+    assert torch.allclose(result, reference(x, h, gate=gate), atol=1e-5)
+
+
+@needs_triton
 def test_in_place():
     x, h, weight, bias, gate = (
         None if t is None else t.detach() for t in inputs((4, 6, 40), (40,), True, torch.float32)
@@ -95,7 +102,7 @@ def test_in_place_where_strides_do_not_merge():
 
 @needs_triton
 def test_operator_contract_and_compile():
-    given = inputs((3, 4, 40), (3, 1, 40), True, torch.float32)
+    given = inputs((3, 4, 40), (3, 4, 40), True, torch.float32)
     arguments = (*given, EPS, "triton")
     torch.library.opcheck(torch.ops.nova_kernels.residual_norm.default, arguments)
     detached = (*(t.detach() for t in given), EPS, "triton")
@@ -111,13 +118,15 @@ def test_operator_contract_and_compile():
 
 def test_arguments_that_do_not_fit():
     x, width = randn(2, 8), randn(8)
-    with pytest.raises(ValueError, match="h is"):
+    with pytest.raises(ValueError, match="one width"):
         residual_norm(x, randn(2, 9))
+    with pytest.raises(ValueError, match="in place of"):
+        residual_norm(x, randn(3, 2, 8), inplace=True)
     with pytest.raises(ValueError, match="weight and bias"):
         residual_norm(x, x, width)
     with pytest.raises(ValueError, match="bias must be"):
         residual_norm(x, x, width, randn(7))
-    with pytest.raises(ValueError, match="gate"):
+    with pytest.raises(ValueError, match="do not broadcast"):
         residual_norm(x, x, gate=randn(3, 8))
     with pytest.raises(ValueError, match="inplace"):
         residual_norm(x, x.clone().requires_grad_(), inplace=True)

@@ -5,6 +5,7 @@ import torch
 from small_models import SMALL, SMALL_IMAGE, SMALL_ROTARY, sample, small_model, small_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nova_kernels
 from nova.conditioning import Conditioning
 from nova.errors import InputError
 from nova.guidance import Guidance
@@ -65,19 +66,18 @@ def test_packed_head_with_precomputed_modulation_equals_the_layer():
     """Savings 1 to 3: set tokens only, condition once a set, timesteps once a run, one GEMM."""
     model, schedule = small_model(), SCHEDULES["flow"]
     head = prepared(model)
-    cond, x = torch.randn(2 * 5, 64), torch.randn(5, 16)
-    vectors = head.modulate(head.condition(cond), 0, len(schedule), passes=2)
+    cond, x = torch.randn(2, 5, 64), torch.randn(2, 5, 16)
+    step = [nova_kernels.StepCoefficients(0.0, 1.0)]  # the prediction takes x's place
     for d, timestep in enumerate(schedule.timesteps):
-        packed = head.predict(x, vectors[d])
-        layer = model.image_decoder(x.repeat(2, 1), torch.tensor([timestep]), cond)
-        assert_same(packed.flatten(0, 1), layer)
+        time = head.time_embeddings[d : d + 1]
+        packed = nova_kernels.denoise(x, head.condition(cond)[None], time, head.weights, step)
+        assert_same(packed, model.image_decoder(x, torch.tensor([timestep]), cond))
 
 
 def test_modulation_in_chunks_changes_nothing(monkeypatch):
     model = small_model()
     whole = sample(model)
-    monkeypatch.setattr("nova.head.MODULATION_BUDGET", 1)
-    assert prepared(model).steps_per_chunk(4) == 1
+    monkeypatch.setattr("nova_kernels.ops.denoise.MODULATION_BUDGET", 1)
     assert_same(sample(model), whole)
 
 

@@ -20,6 +20,7 @@ SHAPES = [
     ((7, 33), (33,)),
     ((2, 3, 64), (2, 1, 64)),
     ((2, 3, 5, 40), (3, 1, 40)),
+    ((1, 4, 24), (3, 4, 24)),
     ((5, 192), (5, 192)),
     ((2, 1280), (2, 1280)),
     ((1, 1023), (1, 1023)),
@@ -47,7 +48,7 @@ def test_triton_is_as_exact_as_torch(x_shape, vector_shape, dtype):
     with poisoned():
         result = scale_shift(*leaves, backend="triton")
     assert_as_exact_as_torch(result, by_torch, exact)
-    grad = randn(*x_shape, dtype=dtype, seed=4)
+    grad = randn(*result.shape, dtype=dtype, seed=4)
     with poisoned():
         gradients = torch.autograd.grad(result, leaves, grad)
     exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
@@ -83,7 +84,8 @@ def test_no_rows():
 @needs_triton
 def test_operator_contract_and_compile():
     leaves = inputs((3, 4, 40), (3, 1, 40), torch.float32)
-    arguments = (*leaves, EPS, "triton")
+    expanded = [t.detach().expand(3, 4, 40).requires_grad_() for t in leaves]
+    arguments = (*expanded, EPS, True, "triton")
     torch.library.opcheck(torch.ops.nova_kernels.scale_shift.default, arguments)
     compiled = torch.compile(
         lambda *t: scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
@@ -100,9 +102,10 @@ def test_operator_contract_and_compile():
     "x_shape, vector_shape, message",
     [
         ((), (), "last axis"),
-        ((3, 4), (3, 5), "does not broadcast"),
-        ((3, 4), (2, 3, 4), "does not broadcast"),
-        ((3, 4), (3, 1), "does not broadcast"),
+        ((3, 0), (3, 0), "last axis"),
+        ((3, 4), (3, 5), "one width"),
+        ((3, 4), (3, 1), "one width"),
+        ((3, 4), (2, 4), "do not broadcast"),
     ],
 )
 def test_shapes_that_do_not_fit(x_shape, vector_shape, message):
@@ -110,10 +113,24 @@ def test_shapes_that_do_not_fit(x_shape, vector_shape, message):
         scale_shift(randn(*x_shape), randn(*vector_shape), randn(*vector_shape))
 
 
-def test_dtypes_and_backends_that_do_not_fit():
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_several_dtypes_and_scales_that_hold_the_one(backend):
+    x, scale, shift = inputs((5, 48), (5, 48), torch.float32)
+    expected = reference(x, scale, shift)
+    half = scale.detach().half().requires_grad_()
+    result = scale_shift(x, half, shift, backend=backend)
+    assert result.dtype == x.dtype and torch.allclose(result, expected, atol=1e-2)
+    assert torch.autograd.grad(result.sum(), half)[0].dtype == torch.float16
+    result = scale_shift(x, 1 + scale, shift, add_one=False, backend=backend)
+    assert torch.allclose(result, expected, atol=1e-5)
+    gradients = torch.autograd.grad(result.sum(), (x, scale, shift))
+    expected_gradients = torch.autograd.grad(expected.sum(), (x, scale, shift))
+    for ours, right in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(ours, right, atol=1e-5)
+
+
+def test_backends_that_do_not_fit():
     x = randn(2, 8)
-    with pytest.raises(ValueError, match="dtype"):
-        scale_shift(x, x.half(), x)
     with pytest.raises(ValueError, match="backend must be one of"):
         scale_shift(x, x, x, backend="tritn")
     with pytest.raises(BackendError, match="not written"):

@@ -18,6 +18,15 @@ RANDOM_SEEDS = 2**32  # short enough to type again
 RECOMMENDED = "the model's, else {}"
 
 
+class Backend(str, Enum):
+    """Implementations of the ops, by the names of `nova_kernels.dispatch`."""
+
+    auto = "auto"
+    reference = "reference"
+    triton = "triton"
+    cuda = "cuda"
+
+
 class Dtype(str, Enum):
     """Precisions of `--dtype`, by torch's names."""
 
@@ -261,6 +270,14 @@ def generate(
             help="Precision of the weights.",
         ),
     ] = None,
+    backend: Annotated[
+        Backend,
+        _option(
+            "--backend",
+            panel=MACHINE,
+            help="Implementation of the ops; `python -m nova_kernels` lists what runs here.",
+        ),
+    ] = Backend.auto,
     batch_size: Annotated[
         int, _option("--batch-size", panel=MACHINE, min=1, help="Samples made at a time.")
     ] = 1,
@@ -366,6 +383,7 @@ def generate(
         text_encoder_device=text_encoder_device,
         offload=offload,
         vae_tiling=vae_tiling,
+        backend=backend.value,
         allow_pickle=allow_pickle,
         quiet=quiet,
     )

@@ -114,6 +114,7 @@ def open_pipeline(
     text_encoder_device: str | None,
     offload: bool,
     vae_tiling: bool,
+    backend: str,
     allow_pickle: bool,
     quiet: bool,
 ) -> NOVAPipeline:
@@ -134,6 +135,7 @@ def open_pipeline(
         torch_dtype=dtype,
         text_encoder=LOAD if text_encoder else None,
         allow_pickle=allow_pickle,
+        backend=backend,
     )
     if offload:
         pipeline.enable_model_cpu_offload(device)

@@ -92,30 +92,31 @@ def reference(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch; arguments as those of `diffusion_step`."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    cond, *others = predictions.to(exact)
+    cond, *others = predictions
     factor = torch.ones(len(x), dtype=torch.float32, device=x.device)
     guided = cond
     if others:
         uncond, image = others[0], others[-1]
-        guided = uncond + step.guidance * (cond - image)
+        if len(others) == 1:
+            guided = torch.lerp(uncond, cond, step.guidance)
+        else:
+            guided = uncond + step.guidance * (cond - image)
         if step.renorm < 1:
             factor = _norm(cond, outside, mask) / _norm(guided, outside, mask)
             factor = factor.clamp(step.renorm, 1.0)
-            guided = guided * factor[:, None, None]
-            factor = factor.float()
+            guided = guided * factor[:, None, None].to(guided.dtype)
         if len(others) == 2:
             guided = guided + step.image_guidance * (image - uncond)
-    result = step.sample * x.to(exact) + step.prediction * guided
+    result = (x if step.sample == 1 else x * step.sample).add(guided, alpha=step.prediction)
     if noise is not None:
-        result = result + step.noise * noise.to(exact)
-    result = result.to(x.dtype)
+        result = result.add(noise, alpha=step.noise)
     return (result if mask is None else torch.where(mask[..., None], result, x)), factor
 
 
 def _norm(x: Tensor, outside: Tensor | None, mask: Tensor | None) -> Tensor:
-    squares = x.square() if mask is None else x.square() * mask[..., None]
-    total = squares.sum(dim=(1, 2))
+    # In float32 at least: squares overflow float16.
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    total = (squares if mask is None else squares * mask[..., None]).sum(dim=(1, 2))
     return torch.sqrt(total if outside is None else total + outside)
 
 

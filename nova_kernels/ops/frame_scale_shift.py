@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.checks import check_broadcast, check_rows
+from nova_kernels.checks import common_shape
 from nova_kernels.dispatch import Op, define, new_rows, through_operator
 
 OP = Op("frame_scale_shift")
@@ -30,27 +30,29 @@ def frame_scale_shift(
     """first * (1 + scale(current)) + shift(current) over the last axis.
 
     Args:
-        first: (..., width) features of frame 0, broadcast to current's shape.
-        current: (..., width) features of other frames.
+        first: (..., width) features of frame 0,
+        current: (..., width) features of other frames; broadcast to one shape.
         down: (rank, width) and
         up: (2 * width, rank): the projection; the first half of its output is the scale.
         bias: (2 * width,).
         backend: see `nova_kernels.dispatch`. Other than the reference, ranks up to 128.
 
     Returns:
-        Of current's shape and dtype.
+        Of the common shape and current's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown backend.
-        BackendError: the backend cannot run on these tensors, or not with this rank.
+        ValueError: shapes that do not fit, or an unknown backend.
+        BackendError: the backend cannot run on these tensors, with this rank, or on several dtypes.
     """
     tensors = (first, current, down, up, bias)
+    shape = common_shape("frame_scale_shift", first=first, current=current)
     _check(*tensors)
     if backend == "auto" and down.shape[0] > MAX_RANK:
         backend = "reference"
     chosen = OP.choose(backend, *tensors)
     if chosen == "reference":
         return reference(*tensors)
+    tensors = (first.expand(shape), current.expand(shape), down, up, bias)
     if through_operator(*tensors):
         return torch.ops.nova_kernels.frame_scale_shift(*tensors, chosen)
     return _forward(*tensors, chosen)
@@ -58,14 +60,12 @@ def frame_scale_shift(
 
 def reference(first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """The op in plain torch, differentiable; arguments as those of `frame_scale_shift`."""
-    exact = torch.promote_types(current.dtype, torch.float32)
-    hidden = F.silu(current.to(exact)) @ down.to(exact).T
-    scale, shift = (hidden @ up.to(exact).T + bias.to(exact)).chunk(2, dim=-1)
-    return (first.to(exact) * (1 + scale) + shift).to(current.dtype)
+    projected = F.linear(F.linear(F.silu(current), down), up, bias)
+    scale, shift = projected.chunk(2, dim=-1)
+    return torch.addcmul(shift, first, 1 + scale)
 
 
 def _check(first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> None:
-    check_rows("frame_scale_shift", current)
     width = current.shape[-1]
     rank = down.shape[0] if down.dim() == 2 else 0
     if rank < 1 or down.shape[1] != width or up.shape != (2 * width, rank):
@@ -75,12 +75,6 @@ def _check(first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tenso
         )
     if bias.shape != (2 * width,):
         raise ValueError(f"frame_scale_shift: bias must be ({2 * width},), got {tuple(bias.shape)}")
-    check_broadcast("frame_scale_shift", "first", first, current, "current")
-    for name, tensor in (("down", down), ("up", up), ("bias", bias)):
-        if tensor.dtype != current.dtype:
-            raise ValueError(
-                f"frame_scale_shift: {name} has dtype {tensor.dtype}, current has {current.dtype}"
-            )
 
 
 def _forward(
@@ -125,10 +119,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad: Tensor):
-    first = ctx.saved_tensors[0]
     backward = torch.ops.nova_kernels.frame_scale_shift_backward
-    grad_first, *others = backward(grad, *ctx.saved_tensors, ctx.backend)
-    return grad_first.sum_to_size(first.shape), *others, None
+    return *backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
 torch.library.register_autograd("nova_kernels::frame_scale_shift", _gradients, setup_context=_save)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.checks import check_broadcast, check_rows
+from nova_kernels.checks import common_shape
 from nova_kernels.dispatch import Op, define, new_rows, through_operator
 
 OP = Op("residual_norm")
@@ -28,33 +28,34 @@ def residual_norm(
 ) -> Tensor:
     """x + gate * (LN(h) * weight + bias) over the last axis.
 
-    Statistics are in float32, or float64 for float64.
+    Kernels compute in float32.
 
     Args:
-        x: (..., width), any strides.
-        h: x's shape and dtype, the branch that is normed.
+        x, h, gate: (..., width), any strides, broadcast to one shape; h is normed.
         weight, bias: (width,), of the norm; both or none.
-        gate: (..., width) of x's shape or broadcast to it.
         eps: added to the variance.
-        inplace: write the result into x (where no gradient is needed).
+        inplace: write the result into x (which then has the common shape; without gradients).
         backend: see `nova_kernels.dispatch`.
 
     Returns:
-        Of x's shape and dtype; x itself if `inplace`.
+        Of the common shape and x's dtype; x itself if `inplace`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, one of weight and bias without the other,
+        ValueError: shapes that do not fit, one of weight and bias without the other,
             `inplace` where gradients are needed, or an unknown backend.
         BackendError: the backend cannot run on these tensors.
     """
     given = [t for t in (x, h, weight, bias, gate) if t is not None]
-    _check(x, h, weight, bias, gate)
+    shape = _check(x, h, weight, bias, gate)
     chosen = OP.choose(backend, *given)
     if inplace:
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             raise ValueError("residual_norm: inplace=True destroys what gradients are made of")
+        if x.shape != shape:
+            raise ValueError(f"residual_norm: {tuple(shape)} does not fit in place of {x.shape}")
         if chosen == "reference":
             return x.copy_(reference(x, h, weight, bias, gate, eps))
+        h, gate = (None if t is None else t.expand(shape) for t in (h, gate))
         into_x = _forward_into_x
         if through_operator(*given):
             into_x = torch.ops.nova_kernels.residual_norm_
@@ -62,6 +63,7 @@ def residual_norm(
         return x
     if chosen == "reference":
         return reference(x, h, weight, bias, gate, eps)
+    x, h, gate = (None if t is None else t.expand(shape) for t in (x, h, gate))
     if through_operator(*given):
         return torch.ops.nova_kernels.residual_norm(x, h, weight, bias, gate, eps, chosen)
     return _forward(x, h, weight, bias, gate, eps, chosen)
@@ -76,22 +78,15 @@ def reference(
     eps: float = EPS,
 ) -> Tensor:
     """The op in plain torch, differentiable; arguments as those of `residual_norm`."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    affine = [None if t is None else t.to(exact) for t in (weight, bias)]
-    branch = F.layer_norm(h.to(exact), h.shape[-1:], *affine, eps=eps)
-    if gate is not None:
-        branch = branch * gate.to(exact)
-    return (x.to(exact) + branch).to(x.dtype)
+    branch = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    return (x + branch if gate is None else torch.addcmul(x, gate, branch)).to(x.dtype)
 
 
 def _check(
     x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
-) -> None:
-    check_rows("residual_norm", x)
-    if h.shape != x.shape or h.dtype != x.dtype:
-        raise ValueError(
-            f"residual_norm: h is {tuple(h.shape)} of {h.dtype}, x {tuple(x.shape)} of {x.dtype}"
-        )
+) -> torch.Size:
+    rows = {"x": x, "h": h} if gate is None else {"x": x, "h": h, "gate": gate}
+    shape = common_shape("residual_norm", **rows)
     if (weight is None) != (bias is None):
         raise ValueError("residual_norm: give weight and bias, or neither")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -99,8 +94,7 @@ def _check(
             raise ValueError(
                 f"residual_norm: {name} must be ({x.shape[-1]},), got {tuple(tensor.shape)}"
             )
-    if gate is not None:
-        check_broadcast("residual_norm", "gate", gate, x)
+    return shape
 
 
 def _forward(
@@ -144,7 +138,7 @@ def _backward(
 def _fake_backward(grad, h, weight, bias, gate, eps, backend):
     none = grad.new_empty(0)
     affine = none if weight is None else torch.empty_like(weight)
-    grad_gate = none.clone() if gate is None else new_rows(h)
+    grad_gate = none.clone() if gate is None else new_rows(h, gate.dtype)
     return new_rows(h), affine, affine.clone(), grad_gate
 
 
@@ -178,8 +172,7 @@ def _gradients(ctx, grad: Tensor):
         grad, h, weight, bias, gate, ctx.eps, ctx.backend
     )
     affine = (None, None) if weight is None else (grad_weight, grad_bias)
-    grad_gate = None if gate is None else grad_gate.sum_to_size(gate.shape)
-    return grad, grad_h, *affine, grad_gate, None, None
+    return grad, grad_h, *affine, None if gate is None else grad_gate, None, None
 
 
 torch.library.register_autograd("nova_kernels::residual_norm", _gradients, setup_context=_save)

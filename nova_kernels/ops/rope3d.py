@@ -23,7 +23,7 @@ def rope3d(
 ) -> Tensor:
     """Rotate the queries and keys of a packed qkv tensor.
 
-    Rotation is computed in float32, or float64 for float64.
+    Kernels compute in float32.
 
     Args:
         qkv: (batch, tokens, 3 * num_heads * head_dim), laid out (3, heads, head_dim) in a row.
@@ -88,12 +88,11 @@ def reference(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tens
         cos, sin: (batch or 1, tokens, head_dim / 2).
         num_rotated: how many heads turn; the others are copied.
     """
-    exact = torch.promote_types(heads.dtype, torch.float32)
-    cos, sin = cos.to(exact)[:, :, None], sin.to(exact)[:, :, None]
-    turning, others = heads[:, :, :num_rotated].to(exact), heads[:, :, num_rotated:]
+    cos, sin = cos[:, :, None].to(heads.dtype), sin[:, :, None].to(heads.dtype)
+    turning, others = heads[:, :, :num_rotated], heads[:, :, num_rotated:]
     even, odd = turning[..., 0::2], turning[..., 1::2]
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return torch.cat([pairs.flatten(-2).to(heads.dtype), others], dim=2)
+    return torch.cat([pairs.flatten(-2), others], dim=2)
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:

@@ -59,9 +59,9 @@ def _rows() -> Iterator[CompileCase]:
         for dtype in (HALF, torch.float32) if real else (HALF,):
             case = f"width {width}, {_name(dtype)}"
             x, vector = _meta(1000, width, dtype=dtype), _meta(width, dtype=dtype)
-            launch, _ = scale_shift.plan_forward(x, x, x, EPS)
+            launch, _ = scale_shift.plan_forward(x, x, x, EPS, True)
             yield CompileCase("scale_shift", case, launch, real)
-            launch, *_ = scale_shift.plan_backward(x, x, x, EPS)
+            launch, *_ = scale_shift.plan_backward(x, x, x, EPS, True)
             yield CompileCase("scale_shift", case, launch, real)
             for gate in (None, x):
                 of_gate = case + (", gate" if gate is not None else "")
@@ -78,9 +78,10 @@ def _frame_scale_shift() -> Iterator[CompileCase]:
         weights = [
             _meta(*shape, dtype=dtype) for shape in ((rank, width), (2 * width, rank), (2 * width,))
         ]
-        launch, _ = frame_scale_shift.plan_forward(x[:, :1], x, *weights)
+        first = x[:, :1].expand_as(x)
+        launch, _ = frame_scale_shift.plan_forward(first, x, *weights)
         yield CompileCase("frame_scale_shift", case, launch)
-        launch = frame_scale_shift.plan_backward(x, x[:, :1], x, *weights)
+        launch = frame_scale_shift.plan_backward(x, first, x, *weights)
         yield CompileCase("frame_scale_shift", case, launch)
 
 

@@ -129,7 +129,7 @@ def forward(first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tens
 def backward(
     grad: Tensor, first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of all five; that of first as if it had current's shape."""
+    """Gradients of all five."""
     launch = plan_backward(grad, first, current, down, up, bias)
     launch.run()
     made = launch.arguments
@@ -151,7 +151,7 @@ def plan_forward(
     rows = as_rows(current, first)
     arguments = {
         **rows.arguments("current", "first"),
-        **_weights(down, up, bias),
+        **_weights(current, down, up, bias),
         "out": out,
     }
     return _launch(frame_scale_shift_forward_kernel, arguments), out
@@ -165,7 +165,7 @@ def plan_backward(
     rank = down.shape[0]
     arguments = {
         **rows.arguments("grad", "first", "current"),
-        **_weights(down, up, bias),
+        **_weights(current, down, up, bias),
         "grad_first": new_rows(current),
         "grad_current": new_rows(current),
         "hidden_out": current.new_empty(rows.count, rank),
@@ -174,8 +174,14 @@ def plan_backward(
     return _launch(frame_scale_shift_backward_kernel, arguments)
 
 
-def _weights(down: Tensor, up: Tensor, bias: Tensor) -> dict[str, Tensor | int]:
+def _weights(current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> dict[str, Tensor | int]:
     rank = down.shape[0]
+    dtypes = {tensor.dtype for tensor in (current, down, up, bias)}
+    if len(dtypes) > 1:  # its matrix products take one
+        raise BackendError(
+            f"frame_scale_shift: the Triton kernel takes tensors of one dtype, got "
+            f"{sorted(map(str, dtypes))}"
+        )
     if rank > MAX_RANK:
         raise BackendError(
             f"frame_scale_shift: the Triton kernel takes ranks up to {MAX_RANK}, got {rank}; "

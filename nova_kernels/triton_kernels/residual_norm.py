@@ -108,7 +108,7 @@ def backward(
     gate: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, weight, bias, and of gate as if it had h's shape; empty where not given."""
+    """Gradients of h, weight, bias and gate; empty where these are not given."""
     launch, grad_h, sums, grad_gate = plan_backward(grad, h, weight, bias, gate, eps)
     launch.run()
     if weight is None:
@@ -149,7 +149,7 @@ def plan_backward(
 ) -> tuple[Launch, Tensor, Tensor, Tensor]:
     """The launch of the backward pass, and what it fills: grad_h, the strips' sums, grad_gate."""
     grad_h = new_rows(h)
-    grad_gate = grad.new_empty(0) if gate is None else new_rows(h)
+    grad_gate = grad.new_empty(0) if gate is None else new_rows(h, gate.dtype)
     rows = as_rows(grad, h, h if gate is None else gate)
     strips = ceil_div(rows.count, STRIP * row_setting(rows.width).block_rows)
     sums = torch.empty(2, strips, rows.width, dtype=torch.float32, device=h.device)
