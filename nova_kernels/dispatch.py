@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from types import ModuleType
 
 import torch
@@ -104,6 +105,11 @@ def define(schema: str, function: Callable, fake: Callable) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nova_kernels::{name}", fake, lib=LIBRARY)
+
+
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that torch gives a sum of tensors, of those that are there."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 
 def new_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

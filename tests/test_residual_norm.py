@@ -69,6 +69,21 @@ def test_triton_is_as_exact_as_torch(shape, gate_shape, affine, dtype):
             assert_as_exact_as_torch(ours, theirs, right)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_several_dtypes(backend):
+    """As automatic mixed precision has them: a branch in half precision on a float32 residual."""
+    x, h, weight, bias, gate = inputs((5, 48), (5, 48), True, torch.float32)
+    half = h.detach().half().requires_grad_()
+    result = residual_norm(x, half, weight, bias, gate=gate, backend=backend)
+    expected = reference(x, h, weight, bias, gate)
+    assert result.dtype == torch.float32 and torch.allclose(result, expected, atol=1e-2)
+    leaves = (x, half, weight, bias, gate)
+    gradients = torch.autograd.grad(result.sum(), leaves)
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+    low = residual_norm(half.detach(), half, weight, bias, backend=backend)
+    assert low.dtype == torch.float16
+
+
 @needs_triton
 def test_a_residual_shared_by_several_passes():
     x, h, gate = randn(1, 4, 24, seed=1), randn(3, 4, 24, seed=2), randn(3, 4, 24, seed=3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, through_operator
+from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
 
 OP = Op("frame_scale_shift")
 MAX_RANK = 128  # of the fused kernels, which keep `down @ silu(current)` in registers
@@ -38,7 +38,7 @@ def frame_scale_shift(
         backend: see `nova_kernels.dispatch`. Other than the reference, ranks up to 128.
 
     Returns:
-        Of the common shape and current's dtype.
+        Of the common shape; several dtypes are promoted as torch does.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
@@ -99,14 +99,14 @@ _ARGUMENTS = "Tensor first, Tensor current, Tensor down, Tensor up, Tensor bias,
 define(
     f"frame_scale_shift({_ARGUMENTS}) -> Tensor",
     _forward,
-    lambda first, current, down, up, bias, backend: new_rows(current),
+    lambda first, current, *_: new_rows(current, promoted(first, current)),
 )
 define(
     f"frame_scale_shift_backward(Tensor grad, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     lambda grad, first, current, *weights_and_backend: (
-        new_rows(current),
+        new_rows(first),
         new_rows(current),
         *(torch.empty_like(w) for w in weights_and_backend[:-1]),
     ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, through_operator
+from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
 
 OP = Op("residual_norm")
 EPS = 1e-5
@@ -38,7 +38,7 @@ def residual_norm(
         backend: see `nova_kernels.dispatch`.
 
     Returns:
-        Of the common shape and x's dtype; x itself if `inplace`.
+        Of the common shape, several dtypes promoted as torch does; x itself if `inplace`.
 
     Raises:
         ValueError: shapes that do not fit, one of weight and bias without the other,
@@ -79,7 +79,7 @@ def reference(
 ) -> Tensor:
     """The op in plain torch, differentiable; arguments as those of `residual_norm`."""
     branch = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
-    return (x + branch if gate is None else torch.addcmul(x, gate, branch)).to(x.dtype)
+    return x + branch if gate is None else torch.addcmul(x, gate, branch)
 
 
 def _check(
@@ -106,7 +106,7 @@ def _forward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    out = new_rows(x)
+    out = new_rows(x, promoted(x, h, gate))
     OP.module(backend).forward(x, h, weight, bias, gate, eps, out)
     return out
 
@@ -146,7 +146,7 @@ _ARGUMENTS = "Tensor? weight, Tensor? bias, Tensor? gate, float eps, str backend
 define(
     f"residual_norm(Tensor x, Tensor h, {_ARGUMENTS}) -> Tensor",
     _forward,
-    lambda x, h, weight, bias, gate, eps, backend: new_rows(x),
+    lambda x, h, weight, bias, gate, *_: new_rows(x, promoted(x, h, gate)),
 )
 define(
     f"residual_norm_(Tensor(a!) x, Tensor h, {_ARGUMENTS}) -> ()",
@@ -162,7 +162,8 @@ define(
 
 
 def _save(ctx, inputs, output) -> None:
-    _, h, weight, bias, gate, ctx.eps, ctx.backend = inputs
+    x, h, weight, bias, gate, ctx.eps, ctx.backend = inputs
+    ctx.x_dtype = x.dtype
     ctx.save_for_backward(h, weight, bias, gate)
 
 
@@ -172,7 +173,8 @@ def _gradients(ctx, grad: Tensor):
         grad, h, weight, bias, gate, ctx.eps, ctx.backend
     )
     affine = (None, None) if weight is None else (grad_weight, grad_bias)
-    return grad, grad_h, *affine, None if gate is None else grad_gate, None, None
+    grad_gate = None if gate is None else grad_gate
+    return grad.to(ctx.x_dtype), grad_h, *affine, grad_gate, None, None
 
 
 torch.library.register_autograd("nova_kernels::residual_norm", _gradients, setup_context=_save)

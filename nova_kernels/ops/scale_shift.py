@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, through_operator
+from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
 
 OP = Op("scale_shift")
 EPS = 1e-6
@@ -35,7 +35,7 @@ def scale_shift(
         backend: see `nova_kernels.dispatch`.
 
     Returns:
-        Of the common shape and x's dtype.
+        Of the common shape; several dtypes are promoted as torch does.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
@@ -56,7 +56,7 @@ def reference(
 ) -> Tensor:
     """The op in plain torch, differentiable; arguments as those of `scale_shift`."""
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale if add_one else scale).to(x.dtype)
+    return torch.addcmul(shift, normed, 1 + scale if add_one else scale)
 
 
 def _forward(
@@ -75,7 +75,7 @@ define(
     "scale_shift(Tensor x, Tensor scale, Tensor shift, float eps, bool add_one, str backend)"
     " -> Tensor",
     _forward,
-    lambda x, *_: new_rows(x),
+    lambda x, scale, shift, *_: new_rows(x, promoted(x, scale, shift)),
 )
 define(
     "scale_shift_backward(Tensor grad, Tensor x, Tensor scale, float eps, bool add_one,"

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nova_kernels.dispatch import new_rows
+from nova_kernels.dispatch import new_rows, promoted
 from nova_kernels.errors import BackendError
 from nova_kernels.ops.frame_scale_shift import MAX_RANK
 from nova_kernels.rows import as_rows
@@ -147,7 +147,7 @@ def plan_forward(
     first: Tensor, current: Tensor, down: Tensor, up: Tensor, bias: Tensor
 ) -> tuple[Launch, Tensor]:
     """The launch of the forward pass, and the tensor that it fills."""
-    out = new_rows(current)
+    out = new_rows(current, promoted(first, current))
     rows = as_rows(current, first)
     arguments = {
         **rows.arguments("current", "first"),
@@ -166,7 +166,7 @@ def plan_backward(
     arguments = {
         **rows.arguments("grad", "first", "current"),
         **_weights(current, down, up, bias),
-        "grad_first": new_rows(current),
+        "grad_first": new_rows(first),
         "grad_current": new_rows(current),
         "hidden_out": current.new_empty(rows.count, rank),
         "grad_hidden_out": current.new_empty(rows.count, rank),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nova_kernels.dispatch import new_rows
+from nova_kernels.dispatch import new_rows, promoted
 from nova_kernels.rows import as_rows
 from nova_kernels.triton_kernels.launch import Launch
 from nova_kernels.triton_kernels.row_settings import row_launch
@@ -79,7 +79,7 @@ def plan_forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, add_one: bool
 ) -> tuple[Launch, Tensor]:
     """The launch of the forward pass, and the tensor that it fills."""
-    out = new_rows(x)
+    out = new_rows(x, promoted(x, scale, shift))
     rows = as_rows(x, scale, shift)
     arguments = {**rows.arguments("x", "scale", "shift"), "out": out, "eps": eps}
     return row_launch(scale_shift_forward_kernel, rows, arguments, {"ADD_ONE": add_one}), out
