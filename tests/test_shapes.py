@@ -81,7 +81,7 @@ def test_shapes_stay_inside_the_frame_and_keep_their_relation(size):
 def test_directions_and_speeds(motion, speed):
     (track,) = paths(scene_of(motion, speed=speed), 17, 128, 128)
     steps = np.diff(track[:, :2], axis=0)
-    pixels = {"slow": 2, "fast": 4}[speed]  # 1 and 2 in a frame of 64
+    pixels = {"slow": 2, "fast": 3.5}[speed]  # 1 and 1.75 in a frame of 64
     assert np.allclose(np.linalg.norm(steps, axis=1), pixels)
     angle = np.degrees(np.arctan2(-steps[:, 1], steps[:, 0])) % 360
     assert np.allclose(angle, DIRECTIONS[motion])
@@ -104,23 +104,24 @@ def test_turns_growth_and_bounces():
         assert (np.diff(track[:turning, 0]) > 0).all() and (
             np.diff(track[turning + 1 :, 0]) < 0
         ).all()
-        assert track[turning, 0] + 7 > 61  # at the border
+        assert track[turning, 0] + 9 > 61  # at the border
 
 
 def test_longer_clips_come_to_rest_inside():
     (track,) = paths(scene_of("left", speed="fast", size="large"), 65, 64, 64)
-    assert (track[-10:, 0] == track[-1, 0]).all() and track[0, 0] - track[-1, 0] > 30
+    assert (track[-10:, 0] == track[-1, 0]).all() and track[0, 0] - track[-1, 0] > 27
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_anti_aliasing_covers_the_right_area(shape):
     """The mean over the frame is what the exact area gives, at any sub-pixel position."""
-    scene = scene_of("right", shape=shape, color="yellow", size="large")
+    place = (0.37, 0.41)  # off the grid of pixels: aligned with it, a cross has no mixed pixels
+    scene = scene_of("right", shape=shape, color="yellow", size="large", place=place)
     frames = shapes.render(scene, 17, 64, 64)
     ground, color = (np.array(c, float) for c in (BACKGROUNDS["black"], COLORS["yellow"]))
     covered = ((frames - ground)[..., :2] / (color - ground)[:2]).mean(-1).sum((1, 2))
     axis = (np.arange(1000) + 0.5) / 1000 * 3 - 1.5
-    exact = (signed_distance(shape, *np.meshgrid(axis, axis)) < 0).mean() * 9 * 11**2
+    exact = (signed_distance(shape, *np.meshgrid(axis, axis)) < 0).mean() * 9 * 12.5**2
     assert np.abs(covered / exact - 1).max() < 0.02
     edge = ((covered := (frames - ground)[..., 0] / (color - ground)[0]) > 0.1) & (covered < 0.9)
     assert 10 < edge.sum(axis=(1, 2)).min()
@@ -351,7 +352,7 @@ def test_measured_numbers():
     for side in (64, 200):
         (seen,) = shapes.measure(shapes.render(scene, 17, side, side)).objects
         (track,) = paths(scene, 17, 1, 1)
-        assert seen.speed == pytest.approx(2 / 64, rel=0.05)
+        assert seen.speed == pytest.approx(1.75 / 64, rel=0.05)
         assert np.abs(seen.centers - paths(scene, 17, side, side)[0, :, :2] / side).max() < 0.01
         assert np.abs(seen.radii / track[:, 2] - 1).max() < 0.06
         assert seen.shape_fit > 0.95 and abs(seen.growth) < 1e-4

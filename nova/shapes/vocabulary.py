@@ -29,13 +29,13 @@ BACKGROUNDS = {
 }
 
 # Radius of the circle; other shapes are scaled so that they look as large (see geometry.py).
-SIZES = {"small": 7 / 64, "large": 11 / 64}
+SIZES = {"small": 9 / 64, "large": 12.5 / 64}
 
 # A shape that grows starts at this radius, one that shrinks ends at it.
-SMALLEST_RADIUS = 6 / 64
-LARGEST_RADIUS = 16 / 64
+SMALLEST_RADIUS = 8 / 64
+LARGEST_RADIUS = 18 / 64
 
-SPEEDS = {"slow": 1 / 64, "fast": 2 / 64}
+SPEEDS = {"slow": 1 / 64, "fast": 1.75 / 64}
 GROWTH_SPEEDS = {"slow": 0.25 / 64, "fast": 0.5 / 64}  # change of the radius a frame
 
 ORBIT_RADIUS = 8 / 64  # of a circling shape's centre

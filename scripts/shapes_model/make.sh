@@ -40,28 +40,27 @@ encode() {
     nova encode shapes --size 64 64 --vae "$vae" --text-encoder "$out/text" --text-length 40 \
         --precision bfloat16 "$@"
 }
-encode --frames 1 --clips 24000 --batch-size 64 --shard-size 1024 --out "$out/images"
-encode --clips 10000 --batch-size 16 --out "$out/clips"
+encode --frames 1 --clips 40000 --shapes-seed 1 --batch-size 64 --shard-size 1024 \
+    --out "$out/images"
+encode --clips 24000 --batch-size 16 --out "$out/clips"
 
 # Transformer: images first, since a step on images is cheaper than one on clips.
 train() {
     run=$1 steps=$2 data=$3 && shift 3
     is_done "$run" "$steps" || torchrun --standalone --nproc-per-node "${PROCESSES:-2}" \
         -m nova train "$out/$data" --device cpu --precision bfloat16 --loss-repeats 2 \
-        --optimizer muon --lr 3e-3 --sample-every 0 --resume \
-        --out "$out/$run" --steps "$steps" "$@"
+        --optimizer muon --lr 3e-3 --mask-ratio-std 0.7 --mask-ratio-min 0.1 --sample-every 0 \
+        --resume --out "$out/$run" --steps "$steps" "$@"
 }
-train_images() {
-    steps=$1 && shift
-    train image-model "$steps" images --config "$here/transformer.json" --vae "$vae" \
-        --text-encoder "$out/text" --warmup 100 --ema 0.99 --save-every 250 "$@"
+train image-model 3000 images --config "$here/transformer.json" --vae "$vae" \
+    --text-encoder "$out/text" --batch-size 64 --warmup 100 --schedule constant --ema 0.99 \
+    --save-every 250
+# The learning rate falls in the second part alone.
+train_clips() {
+    train video-model "$1" clips --model "$out/image-model/checkpoints/step-00003000" \
+        --train-motion --batch-size 32 --warmup 50 --schedule "$2" --ema 0.995 --save-every 200
 }
-train_images 1000 --batch-size 32
-train_images 1500 --batch-size 64
-train_images 3000 --batch-size 64 --mask-ratio-min 0.1
-train_images 3500 --batch-size 64 --mask-ratio-std 0.7 --mask-ratio-min 0.1
-train video-model 3000 clips --model "$out/image-model/checkpoints/step-00003500" --train-motion \
-    --mask-ratio-std 0.7 --mask-ratio-min 0.1 --batch-size 32 --warmup 50 --schedule cosine \
-    --ema 0.995 --save-every 200
-[ -d "$out/shapes" ] || nova export "$out/video-model/checkpoints/step-00003000" --out "$out/shapes" \
-    --steps 16 --diffusion-steps 20 --guidance 3 --motion 2
+train_clips 4400 constant
+train_clips 9200 cosine
+[ -d "$out/shapes" ] || nova export "$out/video-model/checkpoints/step-00009200" --out "$out/shapes" \
+    --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
