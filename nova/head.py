@@ -64,14 +64,8 @@ class DiffusionBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         scale, shift, gate = self.norm1.proj(z).chunk(3, dim=-1)
         h = scale_shift(x, scale, shift, eps=ADA_NORM_EPS, backend=self.backend)
-        return self.add_gated(x, self.proj(h), gate)
-
-    def add_gated(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-        """x + gate * norm2(branch)."""
-        norm = self.norm2
-        return residual_norm(
-            x, branch, norm.weight, norm.bias, gate=gate, eps=norm.eps, backend=self.backend
-        )
+        affine = self.norm2.weight, self.norm2.bias
+        return residual_norm(x, self.proj(h), *affine, gate=gate, backend=self.backend)
 
 
 class DiffusionMLP(nn.Module):

@@ -156,7 +156,7 @@ class Block(nn.Module):
         return self._add_normed(x, self.mlp(x), self.norm2)
 
     def _add_normed(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return residual_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, backend=self.backend)
+        return residual_norm(x, branch, norm.weight, norm.bias, backend=self.backend)
 
 
 class PatchEmbed(nn.Module):

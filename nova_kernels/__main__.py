@@ -1,5 +1,6 @@
 """`python -m nova_kernels` prints how the kernels were built, the GPUs, and what runs on them."""
 
+import argparse
 import importlib.util
 import sys
 
@@ -8,7 +9,12 @@ from nova_kernels.build_info import build_info, devices
 
 def main() -> int:
     """Exit code 1 if an op is wrong on this machine."""
+    parser = argparse.ArgumentParser(prog="python -m nova_kernels", description=__doc__)
+    parser.add_argument("--build", action="store_true", help="only how the kernels were built")
+    only_build = parser.parse_args().build
     print_build()
+    if only_build:
+        return 0
     if importlib.util.find_spec("torch") is None:
         print("ops: torch is not installed")
         return 0

@@ -199,7 +199,7 @@ def main():
     create_venv()
     install_torch()
     install_project()
-    subprocess.run([str(VENV_PYTHON), "-m", "nova_kernels"], check=True)
+    subprocess.run([str(VENV_PYTHON), "-m", "nova_kernels", "--build"], check=True)
     STAMP.write_text(state)
 
 
