@@ -37,7 +37,7 @@ class TileSetting:
 FORWARD = {
     32: TileSetting(128, 64, 4, 3),
     64: TileSetting(128, 64, 8, 3),
-    96: TileSetting(128, 32, 8, 2),
+    96: TileSetting(64, 32, 4, 2),
     128: TileSetting(128, 32, 8, 2),
 }
 BACKWARD = {

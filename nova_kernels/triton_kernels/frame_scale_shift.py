@@ -15,7 +15,9 @@ from nova_kernels.ops.frame_scale_shift import MAX_RANK
 from nova_kernels.rows import as_rows
 from nova_kernels.triton_kernels.launch import Launch, ceil_div
 
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
+# Rows and columns at a time, and warps. What fits registers on both architectures; float32 has no
+# tensor cores that keep its precision.
+HALF_SETTING, EXACT_SETTING = (32, 64, 8), (16, 16, 4)
 
 
 @triton.jit
@@ -192,10 +194,13 @@ def _weights(current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> dict[st
 
 
 def _launch(kernel, arguments: dict) -> Launch:
+    exact = arguments["current"].dtype == torch.float32
+    block_rows, block_columns, num_warps = EXACT_SETTING if exact else HALF_SETTING
     constants = {
         "WIDTH": arguments["width"],
-        "BLOCK_ROWS": BLOCK_ROWS,
-        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
         "BLOCK_RANK": max(16, triton.next_power_of_2(arguments["rank"])),
     }
-    return Launch(kernel, (ceil_div(arguments["num_rows"], BLOCK_ROWS),), arguments, constants)
+    grid = (ceil_div(arguments["num_rows"], block_rows),)
+    return Launch(kernel, grid, arguments, constants, num_warps)
