@@ -88,7 +88,7 @@ def print_floors(rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
 def implementations(case: KernelCase) -> dict[str, Any]:
     """Everything that computes a case, by name."""
     ours = {name: lambda *t, name=name: case.run(name, *t) for name in BACKENDS}
-    return {**ours, **case.peers}
+    return {**ours, "torch.compile": torch.compile(ours["reference"]), **case.peers}
 
 
 def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
@@ -102,15 +102,17 @@ def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
     return [result, *torch.autograd.grad(result, leaves, grad)]
 
 
-def gate(case: KernelCase, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def gate(
+    case: KernelCase, calls: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
     """Why an implementation may not be timed: name -> reason. Empty: all are right."""
     backward = "backward" in directions(case)
-    inputs = with_gradients(case.make(device, dtype), dtype, backward)
+    inputs = make_inputs(case, device, dtype, backward)
     exact_inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
-    exact = outputs(case.exact, exact_inputs, backward)
-    by_torch = outputs(case.exact, inputs, backward)
+    exact = outputs(calls["reference"], exact_inputs, backward)
+    by_torch = outputs(calls["reference"], inputs, backward)
     refused = {}
-    for name, call in implementations(case).items():
+    for name, call in calls.items():
         try:
             results = outputs(call, inputs, backward)
         except BackendError as error:
@@ -123,9 +125,14 @@ def gate(case: KernelCase, device: torch.device, dtype: torch.dtype) -> dict[str
     return refused
 
 
-def with_gradients(inputs: list[Tensor], dtype: torch.dtype, backward: bool) -> list[Tensor]:
-    # Tables of angles stay float32 and have no gradient.
-    return [t.requires_grad_(backward and t.dtype == dtype) for t in inputs]
+def make_inputs(
+    case: KernelCase, device: torch.device, dtype: torch.dtype, backward: bool
+) -> list[Tensor]:
+    """A case's inputs, with `backward` as leaves that ask for gradients."""
+    inputs = case.make(device, dtype)
+    for tensor in inputs[: len(inputs) - case.num_tables]:
+        tensor.requires_grad_(backward)
+    return inputs
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -149,7 +156,8 @@ def measure(
     case: KernelCase, device: torch.device, dtype: torch.dtype, limits: tuple[float, float]
 ) -> list[dict[str, Any]]:
     """Rows of all implementations of a case that are right."""
-    refused = gate(case, device, dtype)
+    calls = implementations(case)
+    refused = gate(case, calls, device, dtype)
     rows = [
         {"op": case.op, "shape": case.shape, "implementation": name, "refused": reason}
         for name, reason in refused.items()
@@ -157,7 +165,7 @@ def measure(
     for direction in directions(case):
         moved, operations = costs(case, direction, dtype)
         floor = 1e3 * max(moved / limits[0], operations / limits[1])
-        for name, call in implementations(case).items():
+        for name, call in calls.items():
             if name in refused:
                 continue
             time = time_of(case, call, direction, device, dtype)
@@ -181,7 +189,7 @@ def time_of(
 ) -> float:
     """Milliseconds of one direction of one implementation."""
     backward = direction == "backward"
-    inputs = with_gradients(case.make(device, dtype), dtype, backward)
+    inputs = make_inputs(case, device, dtype, backward)
     if not backward:
         with torch.no_grad():
             return milliseconds(lambda: call(*inputs))

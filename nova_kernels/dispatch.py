@@ -14,13 +14,13 @@ from functools import reduce
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from nova_kernels.errors import BackendError
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
 VARIABLE = "NOVA_KERNELS_BACKEND"
-LIBRARY = torch.library.Library("nova_kernels", "DEF")
+LIBRARY = library.Library("nova_kernels", "DEF")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ def define(schema: str, function: Callable, fake: Callable) -> None:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nova_kernels::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"nova_kernels::{name}", fake, lib=LIBRARY)
+
+
+def define_gradient(name: str, backward: Callable, save: Callable) -> None:
+    """Give an operator of this package its gradient: `save` keeps what `backward` needs."""
+    library.register_autograd(f"nova_kernels::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:

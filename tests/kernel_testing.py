@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 # On a GPU the kernels run as they are; elsewhere Triton's interpreter runs them (conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,6 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+opcheck = library.opcheck  # PyTorch's own test of an operator's registration
 
 # Smallest error that counts, relative to the result's norm.
 FLOORS = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}

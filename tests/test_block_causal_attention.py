@@ -7,6 +7,7 @@ from kernel_testing import (
     assert_as_exact_as_torch,
     in_float64,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -196,8 +197,8 @@ def test_operator_contract_and_compile():
     qkv, prefix = inputs([4, 9], 32, 5)
     numbers = ([4, 9], [True, False], [2], 0.3, "triton")
     operator = torch.ops.nova_kernels.block_causal_attention.default
-    torch.library.opcheck(operator, (*qkv, *prefix, *numbers))
-    torch.library.opcheck(operator, (*qkv, None, None, *numbers))
+    opcheck(operator, (*qkv, *prefix, *numbers))
+    opcheck(operator, (*qkv, None, None, *numbers))
 
     def run(q, k, v):
         return block_causal_attention(q, k, v, [4, 9], backend="triton")

@@ -8,6 +8,7 @@ from kernel_testing import (
     DTYPES,
     assert_as_exact_as_torch,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -96,7 +97,7 @@ def test_operator_contract_and_compile():
     step = dataclasses.replace(STEP, renorm=0.5)
     numbers = list(vars(step).values())
     arguments = (x, predictions, noise, outside, mask, numbers, "triton")
-    torch.library.opcheck(torch.ops.nova_kernels.diffusion_step.default, arguments)
+    opcheck(torch.ops.nova_kernels.diffusion_step.default, arguments)
 
     def run(*tensors):
         x, predictions, noise, outside, mask = tensors

@@ -5,6 +5,7 @@ from kernel_testing import (
     assert_as_exact_as_torch,
     in_float64,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -71,7 +72,7 @@ def test_operator_contract_and_compile():
     leaves = inputs((2, 1, 3, 40), (2, 2, 3, 40), 5)
     first = leaves[0].detach().expand_as(leaves[1]).requires_grad_()
     arguments = (first, *leaves[1:], "triton")
-    torch.library.opcheck(torch.ops.nova_kernels.frame_scale_shift.default, arguments)
+    opcheck(torch.ops.nova_kernels.frame_scale_shift.default, arguments)
     compiled = torch.compile(
         lambda *t: frame_scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
     )

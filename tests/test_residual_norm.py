@@ -5,6 +5,7 @@ from kernel_testing import (
     assert_as_exact_as_torch,
     in_float64,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -119,9 +120,9 @@ def test_in_place_where_strides_do_not_merge():
 def test_operator_contract_and_compile():
     given = inputs((3, 4, 40), (3, 4, 40), True, torch.float32)
     arguments = (*given, EPS, "triton")
-    torch.library.opcheck(torch.ops.nova_kernels.residual_norm.default, arguments)
+    opcheck(torch.ops.nova_kernels.residual_norm.default, arguments)
     detached = (*(t.detach() for t in given), EPS, "triton")
-    torch.library.opcheck(torch.ops.nova_kernels.residual_norm_.default, detached)
+    opcheck(torch.ops.nova_kernels.residual_norm_.default, detached)
     compiled = torch.compile(by_triton, fullgraph=True, backend="aot_eager")
     result = compiled(*given)
     assert torch.allclose(result, reference(*given), atol=1e-5)

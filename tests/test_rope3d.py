@@ -5,6 +5,7 @@ from kernel_testing import (
     assert_as_exact_as_torch,
     in_float64,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -78,12 +79,8 @@ def test_in_place_and_strides(backend):
 def test_operator_contract_and_compile():
     qkv, cos, sin, heads = inputs(2, 3, 2, 8, 1)
     packed = qkv.detach().unflatten(-1, (3 * heads, -1)).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.nova_kernels.rope3d.default, (packed, cos, sin, 2 * heads, False, "triton")
-    )
-    torch.library.opcheck(
-        torch.ops.nova_kernels.rope3d_.default, (packed.detach(), cos, sin, "triton")
-    )
+    opcheck(torch.ops.nova_kernels.rope3d.default, (packed, cos, sin, 2 * heads, False, "triton"))
+    opcheck(torch.ops.nova_kernels.rope3d_.default, (packed.detach(), cos, sin, "triton"))
     compiled = torch.compile(
         lambda x: rope3d(x, cos, sin, heads, backend="triton"), fullgraph=True, backend="aot_eager"
     )

@@ -5,6 +5,7 @@ from kernel_testing import (
     assert_as_exact_as_torch,
     in_float64,
     needs_triton,
+    opcheck,
     poisoned,
     randn,
 )
@@ -86,7 +87,7 @@ def test_operator_contract_and_compile():
     leaves = inputs((3, 4, 40), (3, 1, 40), torch.float32)
     expanded = [t.detach().expand(3, 4, 40).requires_grad_() for t in leaves]
     arguments = (*expanded, EPS, True, "triton")
-    torch.library.opcheck(torch.ops.nova_kernels.scale_shift.default, arguments)
+    opcheck(torch.ops.nova_kernels.scale_shift.default, arguments)
     compiled = torch.compile(
         lambda *t: scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.block_layout import BlockLayout, Flags, Lengths
-from nova_kernels.dispatch import Op, define, new_rows, through_operator
+from nova_kernels.dispatch import Op, define, define_gradient, new_rows, through_operator
 from nova_kernels.ops.rope3d import rotate_heads
 
 OP = Op("block_causal_attention")
@@ -248,6 +248,4 @@ def _gradients(ctx, grad: Tensor, _):
     return *gradients, prefix_k, prefix_v, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "nova_kernels::block_causal_attention", _gradients, setup_context=_save
-)
+define_gradient("block_causal_attention", _gradients, _save)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
+from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
 
 OP = Op("frame_scale_shift")
 MAX_RANK = 128  # of the fused kernels, which keep `down @ silu(current)` in registers
@@ -123,4 +123,4 @@ def _gradients(ctx, grad: Tensor):
     return *backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
-torch.library.register_autograd("nova_kernels::frame_scale_shift", _gradients, setup_context=_save)
+define_gradient("frame_scale_shift", _gradients, _save)

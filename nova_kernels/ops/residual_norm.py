@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
+from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
 
 OP = Op("residual_norm")
 EPS = 1e-5
@@ -177,4 +177,4 @@ def _gradients(ctx, grad: Tensor):
     return grad.to(ctx.x_dtype), grad_h, *affine, grad_gate, None, None
 
 
-torch.library.register_autograd("nova_kernels::residual_norm", _gradients, setup_context=_save)
+define_gradient("residual_norm", _gradients, _save)

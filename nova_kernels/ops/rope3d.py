@@ -7,7 +7,7 @@ in the table alone. Pairs are interleaved, (2k, 2k + 1). Reference, operator and
 import torch
 from torch import Tensor
 
-from nova_kernels.dispatch import Op, define, new_rows, through_operator
+from nova_kernels.dispatch import Op, define, define_gradient, new_rows, through_operator
 
 OP = Op("rope3d")
 
@@ -153,4 +153,4 @@ def _gradients(ctx, grad: Tensor):
     return grad, None, None, None, None, None
 
 
-torch.library.register_autograd("nova_kernels::rope3d", _gradients, setup_context=_save)
+define_gradient("rope3d", _gradients, _save)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, new_rows, promoted, through_operator
+from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
 
 OP = Op("scale_shift")
 EPS = 1e-6
@@ -98,4 +98,4 @@ def _gradients(ctx, grad: Tensor):
     return grad_x, grad_scale, grad.to(ctx.shift_dtype), None, None, None
 
 
-torch.library.register_autograd("nova_kernels::scale_shift", _gradients, setup_context=_save)
+define_gradient("scale_shift", _gradients, _save)
