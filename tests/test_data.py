@@ -171,6 +171,18 @@ def test_encoded_rows_are_what_the_models_give(tmp_path, codec, text_encoder):
     torch.testing.assert_close(latents, expected)
 
 
+def test_clips_can_be_read_from_their_start_alone(tmp_path, codec, text_encoder):
+    encode_clips(GradientSource(3), tmp_path, codec, text_encoder, show_progress=False)
+    whole, short = LatentDataset(tmp_path), LatentDataset(tmp_path, max_latent_length=1)
+    assert short.latent_shape == (4, 1, 4, 4)
+    for name in ("mean", "logvar"):
+        torch.testing.assert_close(getattr(short[2], name), getattr(whole[2], name)[:, :1])
+    assert short.draw_latents(short[0], torch.Generator()).shape == short.latent_shape
+    assert LatentDataset(tmp_path, max_latent_length=9).latent_shape == whole.latent_shape
+    with pytest.raises(InputError, match="at least 1"):
+        LatentDataset(tmp_path, max_latent_length=0)
+
+
 def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
     source = GradientSource(6, broken=(0, 1, 4))
     options = {"shard_size": 2, "show_progress": False}

@@ -157,6 +157,16 @@ def train(
             help="With --config: folder with text_encoder/ and tokenizer/ to carry along.",
         ),
     ] = None,
+    max_latent_length: Annotated[
+        int | None,
+        option(
+            "--max-latent-length",
+            panel=DATA,
+            min=1,
+            show_default="whole clips",
+            help="Latent frames from the start of every clip: shorter clips cost less.",
+        ),
+    ] = None,
     ddpm: Annotated[
         bool, option("--ddpm", panel=DATA, help="With --config: DDPM (epsilon), not flow matching.")
     ] = False,
@@ -285,7 +295,7 @@ def train(
     from ..training.loop import train as run
     from .parts import fresh_model, released_model
 
-    dataset = LatentDataset(data)
+    dataset = LatentDataset(data, max_latent_length=max_latent_length)
     trained: TrainedModel
     if model is not None:
         trained = released_model(model)

@@ -43,17 +43,22 @@ class LatentDataset(Dataset):
     Nothing is unpickled. Files are mapped into memory when they are first read, in every worker
     process for itself.
 
+    Args:
+        max_latent_length: so many latent frames from the start of every clip; None: all.
+
     Attributes:
         index: the folder's `ShardIndex`.
         latent_shape: (C, T, h, w) of every sample.
 
     Raises:
-        InputError: no such folder, an unfinished one, or one without samples.
+        InputError: no such folder, an unfinished one, one without samples, or no frame to read.
         CheckpointError: the index is damaged, or a shard is missing.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, *, max_latent_length: int | None = None):
         self.folder = Path(folder).expanduser()
+        if max_latent_length is not None and max_latent_length < 1:
+            raise InputError(f"max_latent_length must be at least 1, got {max_latent_length}")
         if not (self.folder / INDEX_NAME).is_file():
             raise InputError(
                 f"{self.folder} has no {INDEX_NAME}; make encoded data with: nova encode"
@@ -65,15 +70,13 @@ class LatentDataset(Dataset):
         missing = [s.file for s in shards if not (self.folder / s.file).is_file()]
         if missing:
             raise CheckpointError(f"{self.folder} lacks the shards {missing[:6]}; encode again")
+        channels, frames, *size = self.index.latent_shape
+        self.latent_shape = (channels, min(frames, max_latent_length or frames), *size)
         self._shards = shards
         self._ends = list(accumulate(shard.samples for shard in shards))
         if not shards:
             raise InputError(f"{self.folder} has no samples; see its list of skipped files")
         self._files: dict[str, Any] = {}
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self.index.latent_shape
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -83,7 +86,10 @@ class LatentDataset(Dataset):
         shard, row = self._locate(index)
         file = self._open(shard.file)
         try:
-            mean, logvar = (file.get_slice(name)[row].float() for name in ("mean", "logvar"))
+            mean, logvar = (
+                file.get_slice(name)[row, :, : self.latent_shape[1]].float()
+                for name in ("mean", "logvar")
+            )
             text, label = None, None
             if self.index.text_dim is None:
                 label = int(file.get_slice("label")[row])
