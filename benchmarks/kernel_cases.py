@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from attention_peers import attention_peers
 from torch import Tensor
-from torch.nn import functional as F
 
 import nova_kernels
 from nova_kernels.block_layout import BlockLayout
@@ -145,43 +145,14 @@ def attention(
             q, k, v, lengths, prefix_kv=prefix_kv or None, backend=backend
         )
 
-    def with_mask(q, k, v, *prefix_kv):
-        """One call, all scores, those that are not seen thrown away."""
-        mask = F.pad(layout.mask(q.device), (prefix, 0), value=True)
-        if prefix_kv:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(prefix_kv, (k, v), strict=True))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    peers = {"SDPA with a mask": with_mask}
-    if not prefix:
-        peers["FlexAttention"] = _flex_attention(layout)
     in_and_out = 4 * batch * heads * tokens * head_dim + 2 * batch * heads * prefix * head_dim
     return KernelCase(
         "block_causal_attention",
         f"{name}, {heads} heads of {head_dim}, batch {batch}",
         make,
         run,
-        peers,
+        attention_peers(layout, prefix),
         elements=(in_and_out, 2 * in_and_out),
         # Two matrix products over the visible pairs, and five in the backward pass.
         operations=(4 * pairs * head_dim, 10 * pairs * head_dim),
     )
-
-
-def _flex_attention(layout: BlockLayout) -> Run:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled, masks = torch.compile(flex_attention), {}
-
-    def run(q, k, v):
-        if q.device not in masks:
-            first, end = layout.intervals(q.device)[:2]
-            size = layout.num_tokens
-
-            def seen(batch, head, query, key):
-                return (key >= first[query]) & (key < end[query])
-
-            masks[q.device] = create_block_mask(seen, None, None, size, size, q.device)
-        return compiled(q, k, v, block_mask=masks[q.device])
-
-    return run

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_peers import flash_attn_version
 from compile_report import compile_rows, faults, print_compile_table
 from kernel_cases import KernelCase, kernel_cases
 from measure import machine, relative_error
@@ -240,6 +241,7 @@ def main() -> int:
         limits = ceilings(device, dtype)
         rows = [row for case in cases for row in measure(case, device, dtype, limits)]
         facts |= {"copy_GB_per_s": limits[0] / 1e9, "matmul_TFLOP_per_s": limits[1] / 1e12}
+        facts["flash_attn"] = flash_attn_version()
         print_times(rows, facts)
         failed = any(row.get("refused", "").startswith("wrong") for row in rows)
     else:

@@ -1,0 +1,123 @@
+"""What else computes block-causal attention, to be timed beside the op.
+
+A peer takes q, k and v, (batch, heads, tokens, head_dim) each, and maybe keys and values in front
+of them, and returns a tensor like q. It serves one sequence of bidirectional blocks.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nova_kernels.block_layout import BlockLayout
+from nova_kernels.errors import BackendError
+
+Attend = Callable[..., Tensor]
+
+
+def attention_peers(layout: BlockLayout, prefix: int) -> dict[str, Attend]:
+    """All peers for `layout`, behind `prefix` keys and values, by name."""
+    peers = {
+        "SDPA with a mask": with_mask(layout, prefix),
+        "SDPA by block, flash": by_block(layout, _sdpa(SDPBackend.FLASH_ATTENTION)),
+        "SDPA by block, cuDNN": by_block(layout, _sdpa(SDPBackend.CUDNN_ATTENTION)),
+    }
+    if not prefix:
+        peers["FlexAttention"] = flex_attention(layout)
+    if importlib.util.find_spec("flash_attn"):
+        peers["flash-attn by block"] = by_block(layout, _flash_attn)
+    return peers
+
+
+def flash_attn_version() -> str | None:
+    """Of the installed flash-attn; None: there is none."""
+    try:
+        return metadata.version("flash_attn")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def with_mask(layout: BlockLayout, prefix: int) -> Attend:
+    """One call, all scores, those that are not seen thrown away."""
+
+    def run(q, k, v, *prefix_kv):
+        mask = F.pad(layout.mask(q.device), (prefix, 0), value=True)
+        k, v = _behind(prefix_kv, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return run
+
+
+def by_block(layout: BlockLayout, attend: Attend) -> Attend:
+    """One call a block, on the keys of all blocks up to it: no mask, exactly the visible pairs.
+
+    The op's reference does the same with the kernel that torch chooses. The backward pass also
+    adds up the gradients that keys and values get from each call.
+    """
+
+    def run(q, k, v, *prefix_kv):
+        k, v = _behind(prefix_kv, k, v)
+        before = k.shape[2] - q.shape[2]
+        outputs = []
+        for block in layout.blocks():
+            queries = q[:, :, block.start : block.stop]
+            end = before + block.stop
+            outputs.append(attend(queries, k[:, :, :end], v[:, :, :end]))
+        return torch.cat(outputs, dim=2)
+
+    return run
+
+
+def flex_attention(layout: BlockLayout) -> Attend:
+    """torch's compiled attention with a block mask; without a prefix."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled, masks = torch.compile(flex_attention), {}
+
+    def run(q, k, v):
+        if q.device not in masks:
+            first, end = layout.intervals(q.device)[:2]
+            size = layout.num_tokens
+
+            def seen(batch, head, query, key):
+                return (key >= first[query]) & (key < end[query])
+
+            masks[q.device] = create_block_mask(seen, None, None, size, size, q.device)
+        return compiled(q, k, v, block_mask=masks[q.device])
+
+    return run
+
+
+def _behind(prefix_kv: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with those of the prefix, if there is one, in front."""
+    if not prefix_kv:
+        return k, v
+    return torch.cat([prefix_kv[0], k], dim=2), torch.cat([prefix_kv[1], v], dim=2)
+
+
+def _sdpa(backend: SDPBackend) -> Attend:
+    """torch's attention by this kernel alone."""
+
+    def attend(q, k, v):
+        try:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+        except RuntimeError as error:  # what torch raises for other cards, dtypes and shapes
+            raise BackendError(str(error)) from error
+
+    return attend
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Imported late: on a machine without CUDA the package may be installed and not importable.
+    from flash_attn import flash_attn_func
+
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise BackendError(f"flash-attn takes float16 and bfloat16, not {q.dtype}")
+    # It has tokens before heads.
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash_attn_func(q, k, v).transpose(1, 2)
