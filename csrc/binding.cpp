@@ -1,11 +1,14 @@
-// The Python module nova_kernels._cuda. This is the only file that knows Python; no file knows
-// torch, so one build serves every torch version.
+// The Python module nova_kernels._cuda. This file and arguments_binding.h alone know Python; no file
+// knows torch, so one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <sstream>
 #include <string>
 
+#include "arguments_binding.h"
 #include "device_info.cuh"
+#include "launches.h"
 
 namespace py = pybind11;
 
@@ -60,4 +63,13 @@ PYBIND11_MODULE(_cuda, module) {
              "CUDA version, architectures and compilers that this module was built with.");
   module.def("devices", &devices,
              "One dictionary per visible GPU; empty where there is no driver or no GPU.");
+  nova::bind_arguments(module);
+  module.def(
+      "denoise",
+      [](const nova::DenoiseArguments& arguments, std::uintptr_t stream) {
+        nova::launch_denoise(arguments, reinterpret_cast<void*>(stream));
+      },
+      "All steps of the denoise loop, on a stream of the current device.");
+  module.def("denoise_clusters", &nova::count_denoise_clusters,
+             "Clusters of the denoise kernel that the current device runs at once.");
 }

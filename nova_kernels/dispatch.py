@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, library
 
+from nova_kernels.cuda_kernels import extension
 from nova_kernels.errors import BackendError
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -71,7 +72,7 @@ class Op:
         devices = {tensor.device.type for tensor in tensors}
         if devices != {"cuda"} and not (backend == "triton" and is_interpreting()):
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
-        return None
+        return extension.obstacle() if backend == "cuda" else None
 
     def module(self, backend: str) -> ModuleType:
         """The module that holds an implementation's functions."""

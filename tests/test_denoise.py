@@ -23,7 +23,7 @@ def numbers(steps, **guidance):
     return [StepCoefficients(1.0 - 0.1 * d, -0.2, **guidance) for d in range(steps)]
 
 
-def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH):
+def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH, width=WIDTH):
     batch, tokens = shape
     seeds = iter(range(1000))
 
@@ -32,21 +32,21 @@ def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH):
         return weight, randn(out, dtype=dtype, seed=next(seeds)) * 0.1
 
     weights = HeadWeights(
-        embed=linear(WIDTH, TOKEN_DIM),
+        embed=linear(width, TOKEN_DIM),
         blocks=tuple(
             BlockWeights(
-                linear(WIDTH, WIDTH),
-                linear(WIDTH, WIDTH),
-                (1 + linear(WIDTH, 1)[1], linear(WIDTH, 1)[1]),
+                linear(width, width),
+                linear(width, width),
+                (1 + linear(width, 1)[1], linear(width, 1)[1]),
             )
             for _ in range(depth)
         ),
-        modulations=(*(linear(3 * WIDTH, WIDTH) for _ in range(depth)), linear(2 * WIDTH, WIDTH)),
-        head=linear(TOKEN_DIM, WIDTH),
+        modulations=(*(linear(3 * width, width) for _ in range(depth)), linear(2 * width, width)),
+        head=linear(TOKEN_DIM, width),
     )
     x = randn(batch, tokens, TOKEN_DIM, dtype=dtype, seed=next(seeds))
-    condition = randn(passes, batch, tokens, WIDTH, dtype=dtype, seed=next(seeds))
-    times = randn(steps, WIDTH, dtype=dtype, seed=next(seeds))
+    condition = randn(passes, batch, tokens, width, dtype=dtype, seed=next(seeds))
+    times = randn(steps, width, dtype=dtype, seed=next(seeds))
     return x, condition, times, weights
 
 
@@ -61,6 +61,7 @@ def run(x, condition, times, weights, steps, **options):
 def written_out(x, condition, times, weights, steps, guided=None, noise=None, outside=None):
     """The loop as its contract states it; `outside` (tokens, noise) are just more tokens."""
     inside = x.shape[1]
+    width = weights.width
     whole = x if outside is None else torch.cat([x, outside[0]], dim=1)
     for d, step in enumerate(steps):
         passes = condition if guided is None or d < guided else condition[:1]
@@ -70,11 +71,11 @@ def written_out(x, condition, times, weights, steps, guided=None, noise=None, ou
             h = F.linear(whole[:, :inside], *weights.embed)
             for block, modulation in zip(weights.blocks, weights.modulations, strict=False):
                 scale, shift, gate = F.linear(z, *modulation).chunk(3, -1)
-                y = F.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+                y = F.layer_norm(h, (width,), eps=1e-6) * (1 + scale) + shift
                 y = F.linear(F.silu(F.linear(y, *block.fc1)), *block.fc2)
-                h = h + gate * F.layer_norm(y, (WIDTH,), *block.norm, eps=1e-5)
+                h = h + gate * F.layer_norm(y, (width,), *block.norm, eps=1e-5)
             scale, shift = F.linear(z, *weights.modulations[-1]).chunk(2, -1)
-            h = F.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+            h = F.layer_norm(h, (width,), eps=1e-6) * (1 + scale) + shift
             predicted = F.linear(h, *weights.head)
             predictions.append(torch.cat([predicted, whole[:, inside:]], dim=1))
         result = predictions[0]
@@ -167,5 +168,5 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="another one"):
         one_less = dataclasses.replace(weights, modulations=weights.modulations[1:])
         run(x, condition, times, one_less, steps)
-    with pytest.raises(BackendError, match="not written"):
+    with pytest.raises(BackendError, match="on a GPU"):
         run(x, condition, times, weights, steps, backend="cuda")

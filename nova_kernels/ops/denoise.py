@@ -12,8 +12,9 @@ tokens x and z = silu(condition + time_embedding[d]):
 and `diffusion_step` makes the next x. z is known before the loop, so all modulations come from one
 matrix product over all steps; what is left in the loop is a third of the MLP's weights.
 
-The implementation here is a sequence of launches: `scale_shift`, `residual_norm` and
-`diffusion_step` in the backend asked for, and matrix products of torch.
+The reference and Triton are a sequence of launches: `scale_shift`, `residual_norm` and
+`diffusion_step` in the backend asked for, and matrix products of torch. In CUDA all steps are one
+launch (docs/denoise.md).
 """
 
 from collections.abc import Sequence
@@ -23,15 +24,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.dispatch import Op
+from nova_kernels.errors import BackendError
 from nova_kernels.ops.diffusion_step import StepCoefficients, diffusion_step
 from nova_kernels.ops.residual_norm import residual_norm
 from nova_kernels.ops.scale_shift import scale_shift
 
-OP = Op("denoise")
+OP = Op("denoise", implementations=("cuda", "triton"))
 ADA_NORM_EPS = 1e-6
 NORM_EPS = 1e-5
 # Modulation vectors are made for as many steps at once as fit this many bytes.
 MODULATION_BUDGET = 256 * 2**20
+# What a launch of the CUDA kernel takes (csrc/arguments.h).
+MAX_STEPS_PER_LAUNCH = 64
 
 Linear = tuple[Tensor, Tensor]  # weight (out, in), bias (out,)
 
@@ -125,8 +129,7 @@ def denoise(
         BackendError: the backend cannot run on these tensors.
     """
     _check(x, condition, time_embeddings, weights, steps, noise)
-    if backend != "auto":
-        OP.choose(backend, x, condition)
+    in_one_launch = _choose(backend, x, condition, weights, outside) == "cuda"
     passes = condition.shape[0]
     guided_steps = len(steps) if guided_steps is None or passes == 1 else guided_steps
     evolving = None if outside is None else _Evolving(outside, steps)
@@ -135,8 +138,19 @@ def denoise(
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             vectors = _modulate(weights, condition[:count], time_embeddings[first:last])
+            if in_one_launch:
+                x = OP.module("cuda").run(
+                    x,
+                    vectors,
+                    weights,
+                    steps[first:last],
+                    noise=None if noise is None else noise[first:last],
+                    outside=None if evolving is None else evolving.squared_norm,
+                )
+                continue
+            split = [_split(vector, weights.width) for vector in vectors]
             for d in range(first, last):
-                here = [tuple(part[d - first] for part in parts) for parts in vectors]
+                here = [tuple(part[d - first] for part in parts) for parts in split]
                 predictions = _predict(weights, x, here, backend)
                 x, factor = diffusion_step(
                     x,
@@ -151,21 +165,37 @@ def denoise(
     return x
 
 
+def _choose(
+    backend: str, x: Tensor, condition: Tensor, weights: HeadWeights, outside: Outside | None
+) -> str:
+    """The implementation; the CUDA kernel only for what it can do, unless it was asked for."""
+    chosen = OP.choose(backend, x, condition)
+    if chosen != "cuda":
+        return chosen
+    noisy_outside = outside is not None and outside.noise is not None
+    reason = OP.module("cuda").obstacle(x, condition, weights, noisy_outside)
+    if reason is None:
+        return chosen
+    if backend == "auto":
+        return next((name for name in OP.usable(x, condition) if name != "cuda"), "reference")
+    raise BackendError(f"denoise: backend 'cuda' cannot run: {reason}")
+
+
 def _steps_at_once(weights: HeadWeights, condition: Tensor) -> int:
     rows = condition[..., 0].numel()
     per_step = rows * sum(bias.numel() for _, bias in weights.modulations)
-    return max(1, MODULATION_BUDGET // max(per_step * condition.element_size(), 1))
+    fitting = MODULATION_BUDGET // max(per_step * condition.element_size(), 1)
+    return max(1, min(fitting, MAX_STEPS_PER_LAUNCH))
 
 
-def _modulate(
-    weights: HeadWeights, condition: Tensor, time_embeddings: Tensor
-) -> list[tuple[Tensor, ...]]:
-    """Per modulation its scale, shift (and gate), each (steps, passes, batch, tokens, width)."""
+def _modulate(weights: HeadWeights, condition: Tensor, time_embeddings: Tensor) -> list[Tensor]:
+    """Per modulation its scale, shift (and gate): (steps, passes, batch, tokens, 2 or 3 widths)."""
     z = F.silu(condition + time_embeddings[:, None, None, None])
-    return [
-        F.linear(z, *modulation).unflatten(-1, (-1, weights.width)).unbind(-2)
-        for modulation in weights.modulations
-    ]
+    return [F.linear(z, *modulation) for modulation in weights.modulations]
+
+
+def _split(vectors: Tensor, width: int) -> tuple[Tensor, ...]:
+    return vectors.unflatten(-1, (-1, width)).unbind(-2)
 
 
 def _predict(

@@ -1,0 +1,95 @@
+// How Python fills the arguments of launches: by name, with tensors as their addresses.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "arguments.h"
+
+namespace nova {
+
+template <typename Class, typename Pointer>
+void bind_pointer(pybind11::class_<Class>& type, const char* name, Pointer Class::* field) {
+  type.def_property(
+      name, [field](const Class& self) { return reinterpret_cast<std::uintptr_t>(self.*field); },
+      [field](Class& self, std::uintptr_t address) {
+        self.*field = reinterpret_cast<Pointer>(address);
+      });
+}
+
+template <typename Class, std::size_t N>
+void bind_pointers(pybind11::class_<Class>& type, const char* name, const void* (Class::*field)[N]) {
+  type.def_property(
+      name,
+      [field](const Class& self) {
+        std::vector<std::uintptr_t> addresses;
+        for (const void* pointer : self.*field) {
+          addresses.push_back(reinterpret_cast<std::uintptr_t>(pointer));
+        }
+        return addresses;
+      },
+      [field](Class& self, const std::vector<std::uintptr_t>& addresses) {
+        if (addresses.size() > N) throw std::invalid_argument("too many addresses");
+        for (std::size_t i = 0; i < addresses.size(); ++i) {
+          (self.*field)[i] = reinterpret_cast<const void*>(addresses[i]);
+        }
+      });
+}
+
+inline void bind_arguments(pybind11::module_& module) {
+  module.attr("MAX_DENOISE_STEPS") = kMaxDenoiseSteps;
+  pybind11::enum_<Dtype>(module, "Dtype")
+      .value("float16", Dtype::kFloat16)
+      .value("bfloat16", Dtype::kBFloat16)
+      .value("float32", Dtype::kFloat32);
+
+  using D = DenoiseArguments;
+  using Numbers = std::array<float, 6>;
+  pybind11::class_<D> denoise(module, "DenoiseArguments");
+  denoise.def(pybind11::init<>())
+      .def_readwrite("dtype", &D::dtype)
+      .def_readwrite("tokens", &D::tokens)
+      .def_readwrite("tokens_per_sample", &D::tokens_per_sample)
+      .def_readwrite("passes", &D::passes)
+      .def_readwrite("width", &D::width)
+      .def_readwrite("token_dim", &D::token_dim)
+      .def_readwrite("depth", &D::depth)
+      .def_readwrite("clusters", &D::clusters)
+      .def_readwrite("cluster_size", &D::cluster_size)
+      .def_readwrite("units", &D::units)
+      .def_readwrite("weight_slots", &D::weight_slots)
+      .def_readwrite("shared_bytes", &D::shared_bytes)
+      .def("set_numbers", [](D& self, const std::vector<Numbers>& steps) {
+        if (steps.size() > kMaxDenoiseSteps) throw std::invalid_argument("too many steps");
+        for (std::size_t i = 0; i < steps.size(); ++i) {
+          const Numbers& n = steps[i];
+          self.numbers[i] = {n[0], n[1], n[2], n[3], n[4], n[5]};
+        }
+        self.steps = static_cast<int>(steps.size());
+      });
+  bind_pointer(denoise, "x", &D::x);
+  bind_pointer(denoise, "out", &D::out);
+  bind_pointer(denoise, "noise", &D::noise);
+  bind_pointer(denoise, "outside", &D::outside);
+  bind_pointer(denoise, "embed_weight", &D::embed_weight);
+  bind_pointer(denoise, "embed_bias", &D::embed_bias);
+  bind_pointers(denoise, "layer_weight", &D::layer_weight);
+  bind_pointers(denoise, "layer_bias", &D::layer_bias);
+  bind_pointers(denoise, "norm_weight", &D::norm_weight);
+  bind_pointers(denoise, "norm_bias", &D::norm_bias);
+  bind_pointer(denoise, "head_weight", &D::head_weight);
+  bind_pointer(denoise, "head_bias", &D::head_bias);
+  bind_pointers(denoise, "modulation", &D::modulation);
+  bind_pointer(denoise, "normed", &D::normed);
+  bind_pointer(denoise, "hidden", &D::hidden);
+  bind_pointer(denoise, "branch", &D::branch);
+  bind_pointer(denoise, "squares", &D::squares);
+  bind_pointer(denoise, "arrivals", &D::arrivals);
+}
+
+}  // namespace nova

@@ -1,0 +1,38 @@
+// Sums over the threads of a block, in an order that never changes.
+#pragma once
+
+#include <primitives.cuh>
+
+namespace nova {
+
+constexpr int kWarpSize = 32;
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+// Every one of N values becomes its sum over the block, in all threads. WARPS of them call this
+// together; scratch holds WARPS * N floats, and may be used again at once.
+template <int WARPS, int N>
+__device__ inline void block_sum(float (&values)[N], float* scratch) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    values[i] = warp_sum(values[i]);
+    if (lane == 0) scratch[warp * N + i] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    values[i] = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) values[i] += scratch[w * N + i];
+  }
+  __syncthreads();
+}
+
+}  // namespace nova

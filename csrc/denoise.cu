@@ -1,0 +1,92 @@
+// Launches of the persistent denoise kernel.
+#include "denoise.cuh"
+
+#include "check.h"
+#include "launches.h"
+
+namespace nova {
+namespace {
+
+constexpr const char* kOp = "denoise";
+
+using Kernel = void (*)(DenoiseArguments);
+
+template <typename T>
+Kernel kernel_for(int passes) {
+  switch (passes) {
+    case 1: return denoise_kernel<T, 1>;
+    case 2: return denoise_kernel<T, 2>;
+    case 3: return denoise_kernel<T, 3>;
+    default: throw std::invalid_argument("denoise: 1 to 3 passes");
+  }
+}
+
+Kernel kernel_for(Dtype dtype, int passes) {
+  switch (dtype) {
+    case Dtype::kFloat16: return kernel_for<__half>(passes);
+    case Dtype::kBFloat16: return kernel_for<__nv_bfloat16>(passes);
+    default: throw std::invalid_argument("denoise: float16 or bfloat16");
+  }
+}
+
+// A launch's configuration, with room for its attributes.
+struct Configuration {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Configuration(int blocks, int cluster_size, int shared_bytes, cudaStream_t stream) {
+    // All blocks run at the same time, or the launch fails: they wait for each other.
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kDenoiseThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    // Cards before sm_90 do not know the second one.
+    config.numAttrs = cluster_size > 1 ? 2 : 1;
+  }
+};
+
+int attribute_of(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(kOp, cudaGetDevice(&device));
+  check(kOp, cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+void allow_shared_memory(Kernel kernel, int bytes) {
+  check(kOp, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+}  // namespace
+
+void launch_denoise(const DenoiseArguments& arguments, void* stream) {
+  const Kernel kernel = kernel_for(arguments.dtype, arguments.passes);
+  const auto on = static_cast<cudaStream_t>(stream);
+  allow_shared_memory(kernel, arguments.shared_bytes);
+  Configuration launch(arguments.clusters * arguments.cluster_size, arguments.cluster_size,
+                       arguments.shared_bytes, on);
+  check(kOp, cudaMemsetAsync(arguments.arrivals, 0, sizeof(unsigned), on));
+  check(kOp, cudaLaunchKernelEx(&launch.config, kernel, arguments));
+}
+
+int count_denoise_clusters(Dtype dtype, int passes, int cluster_size) {
+  if (attribute_of(cudaDevAttrCooperativeLaunch) == 0) return 0;
+  const int multiprocessors = attribute_of(cudaDevAttrMultiProcessorCount);
+  if (cluster_size == 1) return multiprocessors;
+  if (attribute_of(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
+  const Kernel kernel = kernel_for(dtype, passes);
+  const int shared_bytes = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  allow_shared_memory(kernel, shared_bytes);
+  Configuration launch(multiprocessors / cluster_size * cluster_size, cluster_size, shared_bytes,
+                       nullptr);
+  int clusters = 0;
+  check(kOp, cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
+  return clusters;
+}
+
+}  // namespace nova
