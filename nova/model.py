@@ -171,14 +171,18 @@ class NOVATransformer(nn.Module):
         """Choose the implementation of all ops: "auto", "reference", "triton" or "cuda".
 
         What a named one cannot do (`nova_kernels.report()` tells) raises when it is called.
+        "cuda" is for the diffusion MLP; the encoders, whose attention is not written in CUDA, run
+        in Triton then.
 
         Raises:
             ValueError: there is no such backend.
         """
         check_backend(backend)
+        in_head = set(self.image_decoder.modules())
         for module in self.modules():
             if hasattr(module, "backend"):
-                module.backend = backend
+                falls_back = backend == "cuda" and module not in in_head
+                module.backend = "triton" if falls_back else backend
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,6 +30,7 @@ _MODULES = {
     "StepCoefficients": "nova_kernels.ops.diffusion_step",
     "block_causal_attention": "nova_kernels.ops.block_causal_attention",
     "report": "nova_kernels.reporting",
+    "build_info": "nova_kernels.build",
     "BackendError": "nova_kernels.errors",
 }
 

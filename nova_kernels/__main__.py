@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 
-from nova_kernels.build_info import build_info, devices
+from nova_kernels.build import build_info, devices
 
 
 def main() -> int:

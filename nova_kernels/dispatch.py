@@ -46,9 +46,7 @@ class Op:
             ValueError: `backend`, or what NOVA_KERNELS_BACKEND holds, is not one of `BACKENDS`.
             BackendError: the implementation that was asked for cannot run on these tensors.
         """
-        if backend == "auto":
-            backend = os.environ.get(VARIABLE, "auto")
-        check_backend(backend)
+        backend = requested(backend)
         if backend == "reference":
             return backend
         if backend == "auto":
@@ -77,6 +75,18 @@ class Op:
     def module(self, backend: str) -> ModuleType:
         """The module that holds an implementation's functions."""
         return importlib.import_module(f"nova_kernels.{backend}_kernels.{self.name}")
+
+
+def requested(backend: str) -> str:
+    """What is asked for, with NOVA_KERNELS_BACKEND in place of "auto".
+
+    Raises:
+        ValueError: it is not one of `BACKENDS`.
+    """
+    if backend == "auto":
+        backend = os.environ.get(VARIABLE, "auto")
+    check_backend(backend)
+    return backend
 
 
 def check_backend(backend: str) -> None:

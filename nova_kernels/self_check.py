@@ -9,6 +9,7 @@ from torch import Tensor
 from nova_kernels.dispatch import Op
 from nova_kernels.ops import (
     block_causal_attention,
+    denoise,
     diffusion_step,
     frame_scale_shift,
     residual_norm,
@@ -80,6 +81,7 @@ def self_checks() -> Iterator[SelfCheck]:
         )[0],
         has_gradient=False,
     )
+    yield _denoise_check(randn)
     for head_dim in block_causal_attention.HEAD_DIMS:
         now, before = (1, 2, 90, head_dim), (1, 2, 40, head_dim)
         yield SelfCheck(
@@ -89,6 +91,35 @@ def self_checks() -> Iterator[SelfCheck]:
                 q, k, v, [40, 17, 33], prefix_kv=prefix, backend=backend
             ),
         )
+
+
+def _denoise_check(randn: Callable[..., Tensor]) -> SelfCheck:
+    """Three steps of a small MLP, the second noisy, with guidance."""
+    width, token_dim, depth = 192, 16, 2
+    sizes = [(width, token_dim), *[(width, width)] * 2 * depth]
+    sizes += [(3 * width, width)] * depth + [(2 * width, width), (token_dim, width)]
+    linears = [part for out, into in sizes for part in (randn(out, into) * into**-0.5, randn(out))]
+    norms = [randn(width) for _ in range(2 * depth)]
+    steps = [
+        diffusion_step.StepCoefficients(0.9, -0.2, noise=noise, guidance=3.0)
+        for noise in (0.0, 0.3, 0.0)
+    ]
+
+    def run(backend: str, x: Tensor, condition: Tensor, times: Tensor, noise: Tensor, *weights):
+        layers = list(zip(weights[: len(linears) : 2], weights[1 : len(linears) : 2], strict=True))
+        affine = weights[len(linears) :]
+        blocks = tuple(
+            denoise.BlockWeights(*layers[1 + 2 * i : 3 + 2 * i], affine[2 * i : 2 * i + 2])
+            for i in range(depth)
+        )
+        modulations = tuple(layers[1 + 2 * depth : -1])
+        head = denoise.HeadWeights(layers[0], blocks, modulations, layers[-1])
+        with torch.no_grad():
+            return denoise.denoise(x, condition, times, head, steps, noise=noise, backend=backend)
+
+    inputs = [randn(1, 22, token_dim), randn(2, 1, 22, width), randn(3, width)]
+    inputs += [randn(3, 1, 22, token_dim), *linears, *norms]
+    return SelfCheck(denoise.OP, inputs, run, has_gradient=False)
 
 
 def largest_error(check: SelfCheck, backend: str, device: str, dtype: torch.dtype) -> float:

@@ -25,6 +25,8 @@ step op_tests "$python" -m pytest -q tests/test_scale_shift.py tests/test_residu
     tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
 step gpu_tests "$python" -m pytest -q tests -m gpu
 step kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
+step denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
 step fps "$python" benchmarks/fps.py --json "$out/fps.json"
 step fps_triton "$python" benchmarks/fps.py --backend triton --json "$out/fps_triton.json"
+step fps_cuda "$python" benchmarks/fps.py --backend cuda --json "$out/fps_cuda.json"
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -16,7 +16,7 @@ from nova_kernels.cuda_kernels.denoise_plan import (
     plan_denoise,
     shared_bytes,
 )
-from nova_kernels.ops.denoise import _modulate, with_unit_scale
+from nova_kernels.ops.denoise import modulate, with_unit_scale
 
 pytestmark = needs_compiler
 
@@ -37,7 +37,7 @@ def emulate(given, steps, plan, seed=0, **options):
     prepared = dataclasses.replace(weights, modulations=modulations)
     module = emulated_extension()
     module.set_seed(seed)
-    vectors = _modulate(prepared, condition, times)
+    vectors = modulate(prepared, condition, times)
     return kernel.run(x, vectors, prepared, steps, plan=plan, module=module, **options)
 
 

@@ -81,7 +81,7 @@ def test_setup_py_imports_no_torch():
 
 def test_importing_nova_kernels_imports_neither_torch_nor_triton():
     code = (
-        "import sys, nova_kernels, nova_kernels.build_info as module;"
+        "import sys, nova_kernels, nova_kernels.build as module;"
         "module.build_info(); module.devices();"
         "print(sorted({'torch', 'triton'} & set(sys.modules)))"
     )
@@ -162,7 +162,7 @@ def test_cuda_wheel(checkout, tmp_path):
     assert process.stdout.count("built the CUDA extension") == 1
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
-    code = "from nova_kernels.build_info import build_info, devices; print(build_info(), devices())"
+    code = "from nova_kernels.build import build_info, devices; print(build_info(), devices())"
     process = run("-c", code, cwd=installed, PYTHONPATH=str(installed), CUDA_VISIBLE_DEVICES="")
     assert "'cuda_extension': True, 'error': None" in process.stdout, process.stdout
     assert "'architectures': ['80-real']" in process.stdout

@@ -167,7 +167,7 @@ def _version_of(distribution: str) -> str | None:
 
 
 def _cuda_extension() -> dict[str, Any]:
-    module, error = _import("nova_kernels.build_info")
+    module, error = _import("nova_kernels.build")
     return module.build_info() if module else {"cuda_extension": False, "error": error}
 
 

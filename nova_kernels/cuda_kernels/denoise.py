@@ -142,7 +142,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _plan(
     module: ModuleType, shape: DenoiseShape, device: torch.device, dtype: torch.dtype
 ) -> DenoisePlan:
-    limits = _limits(module, device, dtype, shape.passes)
+    limits = device_limits(module, device, dtype, shape.passes)
     plan = plan_denoise(shape, limits)
     if plan is None:
         raise BackendError(
@@ -153,7 +153,7 @@ def _plan(
 
 
 @cache
-def _limits(
+def device_limits(
     module: ModuleType, device: torch.device, dtype: torch.dtype, passes: int
 ) -> DeviceLimits:
     """Asked of the driver, as some multiprocessors are left over when they are grouped."""

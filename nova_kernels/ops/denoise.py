@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.dispatch import Op
-from nova_kernels.errors import BackendError
+from nova_kernels.dispatch import Op, requested
 from nova_kernels.ops.diffusion_step import StepCoefficients, diffusion_step
 from nova_kernels.ops.residual_norm import residual_norm
 from nova_kernels.ops.scale_shift import scale_shift
@@ -119,7 +118,8 @@ def denoise(
             pass alone, without guidance. None: all.
         noise: (len(steps), batch, tokens, token_dim), where steps add noise.
         outside: for renormalised guidance; None: nothing counts but x.
-        backend: see `nova_kernels.dispatch`.
+        backend: see `nova_kernels.dispatch`. "cuda" is one launch for sizes that it takes
+            (`cuda_kernels.denoise.obstacle`), else a sequence, in CUDA as far as that goes.
 
     Returns:
         (batch, tokens, token_dim).
@@ -129,7 +129,13 @@ def denoise(
         BackendError: the backend cannot run on these tensors.
     """
     _check(x, condition, time_embeddings, weights, steps, noise)
-    in_one_launch = _choose(backend, x, condition, weights, outside) == "cuda"
+    in_one_launch = OP.choose(backend, x, condition) == "cuda"
+    if in_one_launch:
+        noisy_outside = outside is not None and outside.noise is not None
+        in_one_launch = OP.module("cuda").obstacle(x, condition, weights, noisy_outside) is None
+    rows_backend = step_backend = requested(backend)
+    if rows_backend == "cuda":
+        step_backend = "triton"  # which has no launch of its own in CUDA
     passes = condition.shape[0]
     guided_steps = len(steps) if guided_steps is None or passes == 1 else guided_steps
     evolving = None if outside is None else _Evolving(outside, steps)
@@ -137,7 +143,7 @@ def denoise(
         chunk = _steps_at_once(weights, condition[:count])
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
-            vectors = _modulate(weights, condition[:count], time_embeddings[first:last])
+            vectors = modulate(weights, condition[:count], time_embeddings[first:last])
             if in_one_launch:
                 x = OP.module("cuda").run(
                     x,
@@ -151,34 +157,18 @@ def denoise(
             split = [_split(vector, weights.width) for vector in vectors]
             for d in range(first, last):
                 here = [tuple(part[d - first] for part in parts) for parts in split]
-                predictions = _predict(weights, x, here, backend)
+                predictions = _predict(weights, x, here, rows_backend)
                 x, factor = diffusion_step(
                     x,
                     predictions,
                     steps[d],
                     noise=noise[d] if noise is not None and steps[d].noise != 0 else None,
                     outside=None if evolving is None else evolving.squared_norm,
-                    backend=backend,
+                    backend=step_backend,
                 )
                 if evolving is not None and count > 1:
                     evolving.step(d, factor)
     return x
-
-
-def _choose(
-    backend: str, x: Tensor, condition: Tensor, weights: HeadWeights, outside: Outside | None
-) -> str:
-    """The implementation; the CUDA kernel only for what it can do, unless it was asked for."""
-    chosen = OP.choose(backend, x, condition)
-    if chosen != "cuda":
-        return chosen
-    noisy_outside = outside is not None and outside.noise is not None
-    reason = OP.module("cuda").obstacle(x, condition, weights, noisy_outside)
-    if reason is None:
-        return chosen
-    if backend == "auto":
-        return next((name for name in OP.usable(x, condition) if name != "cuda"), "reference")
-    raise BackendError(f"denoise: backend 'cuda' cannot run: {reason}")
 
 
 def _steps_at_once(weights: HeadWeights, condition: Tensor) -> int:
@@ -188,7 +178,7 @@ def _steps_at_once(weights: HeadWeights, condition: Tensor) -> int:
     return max(1, min(fitting, MAX_STEPS_PER_LAUNCH))
 
 
-def _modulate(weights: HeadWeights, condition: Tensor, time_embeddings: Tensor) -> list[Tensor]:
+def modulate(weights: HeadWeights, condition: Tensor, time_embeddings: Tensor) -> list[Tensor]:
     """Per modulation its scale, shift (and gate): (steps, passes, batch, tokens, 2 or 3 widths)."""
     z = F.silu(condition + time_embeddings[:, None, None, None])
     return [F.linear(z, *modulation) for modulation in weights.modulations]

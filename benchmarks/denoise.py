@@ -1,0 +1,246 @@
+"""The denoise loop of a set: microseconds a step, by one launch and by many.
+
+    python benchmarks/denoise.py                        # on a GPU: measure; on a CPU: predict
+    python benchmarks/denoise.py --width 768 --tokens 4,22 --json denoise.json
+
+Random weights, guidance, the flow-matching schedule. On a GPU an implementation is timed only after
+its result was as exact as plain torch's. "graph" is the sequence of launches captured in a CUDA
+graph, which is what one launch has to beat.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from denoise_costs import CARDS, step_cost
+from measure import machine, relative_error
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import nova_kernels
+from nova.head import DiffusionMLP, PreparedHead
+from nova.schedule import FlowMatchConfig
+from nova_kernels.cuda_kernels import denoise as persistent
+from nova_kernels.cuda_kernels import extension
+from nova_kernels.cuda_kernels.denoise_plan import CLUSTER_SIZES, DenoiseShape, plan_denoise
+from nova_kernels.ops.denoise import modulate
+
+PASSES, GUIDANCE = 2, 5.0
+CONDITION_DIM, PATCH_SIZE = 1024, 2
+ALLOWED, FLOOR = 2.0, 2e-3
+REPETITIONS = 20
+
+
+class Loop:
+    """A head with random weights, and its inputs.
+
+    Args:
+        mlp: the head.
+        x: (1, tokens, token_dim) noise.
+        z: (PASSES, 1, tokens, CONDITION_DIM), of the image encoder.
+        num_steps: of the flow-matching schedule.
+    """
+
+    def __init__(self, mlp: DiffusionMLP, x: Tensor, z: Tensor, num_steps: int):
+        self.mlp, self.x, self.z, self.num_steps = mlp, x, z, num_steps
+        schedule = FlowMatchConfig().schedule(num_steps)
+        self.steps = [
+            nova_kernels.StepCoefficients(*numbers, guidance=GUIDANCE)
+            for numbers in zip(schedule.sample, schedule.prediction, schedule.noise, strict=True)
+        ]
+        head = PreparedHead(mlp, torch.tensor(schedule.timesteps, device=x.device))
+        self.weights, self.times = head.weights, head.time_embeddings
+        self.condition = head.condition(z)
+
+    @classmethod
+    def random(cls, shape: DenoiseShape, num_steps: int, dtype: torch.dtype) -> "Loop":
+        """From seed 0, on the GPU."""
+        torch.manual_seed(0)
+        channels = shape.token_dim // PATCH_SIZE**2
+        mlp = DiffusionMLP(shape.depth, shape.width, CONDITION_DIM, PATCH_SIZE, channels)
+        x = torch.randn(1, shape.tokens, shape.token_dim)
+        z = torch.randn(PASSES, 1, shape.tokens, CONDITION_DIM)
+        to = torch.device("cuda"), dtype
+        return cls(mlp.to(*to).requires_grad_(False), x.to(*to), z.to(*to), num_steps)
+
+    def in_float64(self) -> "Loop":
+        """The same numbers in float64."""
+        mlp = copy.deepcopy(self.mlp).double()
+        return Loop(mlp, self.x.double(), self.z.double(), self.num_steps)
+
+    def run(self, backend: str) -> Tensor:
+        return nova_kernels.denoise(
+            self.x, self.condition, self.times, self.weights, self.steps, backend=backend
+        )
+
+
+def implementations(loop: Loop, shape: DenoiseShape) -> dict[str, Callable[[], Tensor]]:
+    """All that computes a loop on a GPU, by name."""
+    calls: dict[str, Callable[[], Tensor]] = {
+        "eager": lambda: loop.run("reference"),
+        "Triton": lambda: loop.run("triton"),
+    }
+    calls |= {f"{name}, graph": captured(call) for name, call in list(calls.items())}
+    if extension.obstacle() is None:
+        for size in CLUSTER_SIZES:
+            call = one_launch(loop, shape, size)
+            if call is not None:
+                calls[f"one launch, clusters of {size}"] = call
+    return calls
+
+
+def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[], Tensor] | None:
+    """The persistent kernel in one division; None where the card or the sizes do not have it."""
+    weights, x = loop.weights, loop.x
+    if persistent.obstacle(x, loop.condition, weights, noisy_outside=False) is not None:
+        return None
+    limits = persistent.device_limits(extension.extension(), x.device, x.dtype, PASSES)
+    clusters = {cluster_size: limits.clusters[cluster_size]}
+    plan = plan_denoise(shape, dataclasses.replace(limits, clusters=clusters))
+    if plan is None:
+        return None
+
+    def run() -> Tensor:
+        vectors = modulate(weights, loop.condition, loop.times)
+        return persistent.run(x, vectors, weights, loop.steps, plan=plan)
+
+    return run
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same, as a replayed CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def microseconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """Median and spread (largest minus smallest) of a call on the GPU."""
+    times = []
+    for _ in range(REPETITIONS + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    times = times[3:]
+    return statistics.median(times), max(times) - min(times)
+
+
+def measure(shape: DenoiseShape, num_steps: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A row for every implementation."""
+    loop = Loop.random(shape, num_steps, dtype)
+    right = loop.in_float64().run("reference")
+    of_torch = relative_error(loop.run("reference"), right)
+    rows = []
+    for name, call in implementations(loop, shape).items():
+        row = {"tokens": shape.tokens, "rows": shape.rows, "implementation": name}
+        error = relative_error(call(), right)
+        if not error <= ALLOWED * of_torch + FLOOR:
+            rows.append({**row, "refused": f"wrong: error {error:.1e}, torch's {of_torch:.1e}"})
+            continue
+        median, spread = microseconds(call)
+        rows.append(
+            {
+                **row,
+                "error": error,
+                "microseconds_a_step": median / num_steps,
+                "spread": spread / num_steps,
+            }
+        )
+    return rows
+
+
+def predict(shape: DenoiseShape) -> list[dict[str, Any]]:
+    """A row for every card of `denoise_costs`: counted, not measured."""
+    rows = []
+    for card in CARDS:
+        cost = step_cost(shape, card)
+        rows.append(
+            {
+                "tokens": shape.tokens,
+                "rows": shape.rows,
+                "card": card.name,
+                "blocks": cost.plan.clusters * cost.plan.cluster_size,
+                "cluster_size": cost.plan.cluster_size,
+                "weights": "streamed" if cost.weight_bytes else "on the chip",
+                "weight_MB": cost.weight_bytes / 1e6,
+                "activation_MB": cost.activation_bytes / 1e6,
+                "modulation_MB": cost.modulation_bytes / 1e6,
+                "barriers": cost.barriers,
+                "floor_us": 1e6 * cost.floor,
+                "predicted_us": 1e6 * cost.seconds,
+            }
+        )
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    Console(width=150).print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--token-dim", type=int, default=16)
+    parser.add_argument("--tokens", default="2,11,22,36", help="tokens of the set, one or several")
+    parser.add_argument("--steps", type=int, default=25, help="denoise steps")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    shapes = [
+        DenoiseShape(int(n), PASSES, arguments.width, arguments.depth, arguments.token_dim)
+        for n in arguments.tokens.split(",")
+    ]
+    on_gpu = torch.cuda.is_available()
+    facts = machine(torch.device("cuda" if on_gpu else "cpu"))
+    sizes = f"width {arguments.width}, depth {arguments.depth}, {PASSES} passes"
+    with torch.no_grad():
+        if on_gpu:
+            rows = [row for s in shapes for row in measure(s, arguments.steps, dtype)]
+            print_rows(rows, f"A denoise step on {facts['name']}: {sizes}")
+        else:
+            rows = [row for s in shapes for row in predict(s)]
+            print_rows(rows, f"A denoise step in one launch, counted and predicted: {sizes}")
+            print("No GPU here: nothing was timed.")
+    if arguments.json:
+        command = "python benchmarks/denoise.py " + " ".join(sys.argv[1:])
+        result = {"machine": facts, "command": command.strip(), "rows": rows}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if any("refused" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""benchmarks/denoise.py: counts by hand, and the figures in docs/denoise.md."""
+
+import json
+import sys
+from pathlib import Path
+
+import denoise as benchmark
+import pytest
+import torch
+from denoise_costs import Card, step_cost
+
+from nova_kernels.cuda_kernels.denoise_plan import DenoiseShape, DeviceLimits
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "denoise.md"
+
+
+def test_costs_by_hand():
+    # Two clusters of one block; memory and L2 move a byte a second, and nothing else takes time.
+    card = Card("", DeviceLimits({1: 2}, 10**6), 1.0, float("inf"), 1.0, 0.0, 0.0, 0.0)
+    cost = step_cost(DenoiseShape(tokens=3, passes=2, width=32, depth=1, token_dim=4), card)
+    row = 32 * 6  # values of all rows
+    read = 2 * 2 * row * 2  # both blocks read the inputs of both layers
+    written = row * 2 + row * 4 + row * (4 + 2)  # hidden; branch, read once; normed
+    assert cost.barriers == 3 and cost.weight_bytes == 0
+    assert cost.modulation_bytes == row * 5 * 2
+    assert cost.activation_bytes == read + written
+    assert cost.operations == 2 * 6 * (2 * 32 * 32 + 2 * 32 * 4)
+    assert cost.seconds == cost.modulation_bytes + cost.activation_bytes
+
+
+def test_layers_that_do_not_fit_are_read_in_every_step():
+    card = Card("", DeviceLimits({1: 2}, 60_000), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    cost = step_cost(DenoiseShape(tokens=1, passes=1, width=96, depth=4, token_dim=4), card)
+    assert cost.plan.weight_slots == 2 and cost.weight_bytes == 8 * 96 * 96 * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
+def test_the_docs_have_what_the_command_predicts(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "denoise.json"
+    monkeypatch.setattr(sys, "argv", ["denoise.py", "--json", str(file)])
+    assert benchmark.main() == 0
+    assert "nothing was timed" in capsys.readouterr().out
+    docs = DOCS.read_text()
+    for row in json.loads(file.read_text())["rows"]:
+        cells = [str(row["tokens"]), str(row["rows"]), row["card"]]
+        cells += [f"{row[f'{what}_MB']:.3g} MB" for what in ("weight", "activation", "modulation")]
+        cells += [str(row["barriers"])]
+        cells += [f"{row['floor_us']:.3g} us", f"{row['predicted_us']:.3g} us"]
+        assert f"| {' | '.join(cells)} |" in docs
