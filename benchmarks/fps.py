@@ -1,4 +1,5 @@
 """Frames per second: the plain sampler against the exact one, same weights, same noise, one run.
+On a GPU also the exact one from CUDA graphs, which its first run records.
 
     python benchmarks/fps.py
     python benchmarks/fps.py --geometry small-video --batch 1 4 --json fps.json
@@ -14,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from nova.devices import check_device
+from nova.engine import SetGraphs
 from nova.errors import NovaError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova_kernels.dispatch import BACKENDS
 
-SAMPLERS: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
 # Outputs of all samplers must agree with plain's to this relative error.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -65,6 +67,14 @@ GPU_WORKLOADS = (
 )
 
 
+def make_samplers(device: torch.device) -> dict[str, Callable]:
+    """What is measured, by name: plain loops, the exact sampler, and it from CUDA graphs."""
+    samplers: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
+    if device.type == "cuda":
+        samplers["graphs"] = partial(generate_frames, graphs=SetGraphs())
+    return samplers
+
+
 def measure(
     workload: Workload, batch: int, device: torch.device, dtype: torch.dtype, backend: str
 ) -> list[dict[str, Any]]:
@@ -80,10 +90,11 @@ def measure(
         dtype=dtype,
         backend=backend,
     )
-    latencies: dict[str, list[float]] = {name: [] for name in SAMPLERS}
+    samplers = make_samplers(device)
+    latencies: dict[str, list[float]] = {name: [] for name in samplers}
     outputs, peaks = {}, {}
     for turn in range(workload.repeats):
-        for name, sampler in SAMPLERS.items():
+        for name, sampler in samplers.items():
             reset_peak_memory(device)
             outputs[name], latency = timed(lambda s=sampler: run.sample(s), device)
             latencies[name].append(latency)

@@ -61,9 +61,9 @@ class RandomModelRun:
         self.sets_run = len(sizes) * num_frames
 
     def sample(self, sampler: Callable = generate_frames) -> Tensor:
-        """Latents (batch, channels, frames, h, w); the noise comes from seed 0 on the CPU."""
+        """Latents (batch, channels, frames, h, w); the noise comes from seed 0 on the device."""
         model = self._model
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(model.device).manual_seed(0)
         batch = self._conditioning.batch_size
         frames = sampler(
             model,

@@ -1,4 +1,4 @@
-"""The denoise loop: D steps of the diffusion MLP for the tokens of one set."""
+"""The denoise loop of one set, D steps of the diffusion MLP, and the noise that it starts from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +34,52 @@ class NoisyTokens:
         return inside, lambda: self.order.outside(raster, self.start, self.stop)
 
 
+@dataclass(frozen=True)
+class SetNoise:
+    """All that is random in the denoise loop of a set of n tokens.
+
+    Attributes:
+        x: (B, n, token_dim) the noise that it starts from.
+        noise: (D, B, n, token_dim), where steps add noise.
+        outside: the other tokens, for renormalised guidance.
+    """
+
+    x: Tensor
+    noise: Tensor | None
+    outside: nova_kernels.Outside | None
+
+    @classmethod
+    def draw(
+        cls, noisy: NoisyTokens, schedule: DiffusionSchedule, guidance: Guidance
+    ) -> "SetNoise":
+        """Draw it, in the reference's order."""
+        x, get_outside = noisy.draw()
+        # Steps that add noise draw it in their order, as the reference does.
+        drawn = {d: noisy.draw() for d, scale in enumerate(schedule.noise) if scale != 0}
+        num_steps = len(schedule.noise)
+        noise = _of_all_steps({d: inside for d, (inside, _) in drawn.items()}, num_steps)
+        outside = None
+        if guidance.renormalises:
+            fresh = {d: get_fresh() for d, (_, get_fresh) in drawn.items()}
+            outside = nova_kernels.Outside(get_outside(), _of_all_steps(fresh, num_steps))
+        return cls(x, noise, outside)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SetNoise":
+        """The same with `function` of every tensor."""
+
+        def apply(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        outside = self.outside
+        if outside is not None:
+            outside = nova_kernels.Outside(apply(outside.tokens), apply(outside.noise))
+        return SetNoise(apply(self.x), apply(self.noise), outside)
+
+
 def denoise(
     head: PreparedHead,
     z: Tensor,
-    noisy: NoisyTokens,
+    drawn: SetNoise,
     *,
     schedule: DiffusionSchedule,
     guidance: Guidance,
@@ -47,7 +89,7 @@ def denoise(
 
     Args:
         z: (passes * B, n, E) image encoder output for the set.
-        noisy: where the noise comes from.
+        drawn: the noise.
         scale: guidance scale of this autoregressive step.
 
     Returns:
@@ -62,23 +104,15 @@ def denoise(
         )
         for numbers in zip(schedule.sample, schedule.prediction, schedule.noise, strict=True)
     ]
-    x, get_outside = noisy.draw()
-    # Steps that add noise draw it in their order, as the reference does.
-    drawn = {d: noisy.draw() for d, step in enumerate(steps) if step.noise != 0}
-    noise = _of_all_steps({d: inside for d, (inside, _) in drawn.items()}, len(steps))
-    outside = None
-    if guidance.renormalises:
-        fresh = {d: get_fresh() for d, (_, get_fresh) in drawn.items()}
-        outside = nova_kernels.Outside(get_outside(), _of_all_steps(fresh, len(steps)))
     return nova_kernels.denoise(
-        x,
-        head.condition(z).unflatten(0, (-1, len(x))),
+        drawn.x,
+        head.condition(z).unflatten(0, (-1, len(drawn.x))),
         head.time_embeddings,
         head.weights,
         steps,
         guided_steps=guidance.guided_steps(schedule.timesteps),
-        noise=noise,
-        outside=outside,
+        noise=drawn.noise,
+        outside=drawn.outside,
         backend=head.backend,
     )
 

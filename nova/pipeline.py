@@ -18,7 +18,8 @@ from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
 from .devices import check_device, out_of_memory
-from .errors import InputError
+from .engine import SetGraphs
+from .errors import DeviceError, InputError
 from .folders import LOAD, load_parts, save_parts
 from .generation_config import GenerationConfig
 from .model import NOVATransformer
@@ -63,6 +64,7 @@ class NOVAPipeline:
         self.text_encoder = text_encoder
         self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
+        self._graphs: SetGraphs | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
 
@@ -154,7 +156,32 @@ class NOVAPipeline:
             for name, module in self._modules().items():
                 if name != "text_encoder" or text_encoder:
                     module.to(device=device, dtype=dtype)
+        if self.device.type != "cuda":
+            self._graphs = None
+        elif self._graphs is not None:
+            self._graphs.clear()
         return self
+
+    def enable_cuda_graphs(self) -> None:
+        """Record the steps of the set loop into CUDA graphs when they first run, and replay them.
+
+        That takes away the time of hundreds of launches a step, which is most of it in small
+        batches. Graphs are kept for calls of the same sizes and sampler settings, and take memory;
+        `disable_cuda_graphs` frees it. With offloading they are not used.
+
+        Raises:
+            DeviceError: the pipeline is not on a GPU.
+        """
+        if self.device.type != "cuda":
+            raise DeviceError(
+                f"CUDA graphs need a GPU, and this pipeline is on {self.device}; move it first: "
+                'pipe.to("cuda")'
+            )
+        self._graphs = SetGraphs()
+
+    def disable_cuda_graphs(self) -> None:
+        """Drop the graphs."""
+        self._graphs = None
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep all parts on the CPU, each on `device` only while it works."""
@@ -383,6 +410,7 @@ class NOVAPipeline:
                 given_latents=run.given,
                 context_frames=run.request.context_frames,
                 on_set_end=chain(hooks),
+                graphs=self._graphs if self._offload_device is None else None,
             )
             try:
                 with out_of_memory("sampling"):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .denoising import NoisyTokens, denoise
+from .denoising import NoisyTokens, SetNoise
+from .engine import SetGraphs
 from .errors import InputError
 from .guidance import Guidance
 from .head import PreparedHead
@@ -20,6 +21,7 @@ from .layers import patchify, unpatchify
 from .model import NOVATransformer
 from .noise import NoiseSource
 from .schedule import DiffusionSchedule
+from .set_step import SetNumbers, SetSteps
 from .token_order import TokenOrder
 from .video_context import VideoContext
 
@@ -54,6 +56,7 @@ def generate_frames(
     given_latents: Tensor | None = None,
     context_frames: int | None = None,
     on_set_end: OnSetEnd | None = None,
+    graphs: SetGraphs | None = None,
 ) -> Iterator[Tensor]:
     """Generate the frames of a batch of clips, one after the other.
 
@@ -67,6 +70,7 @@ def generate_frames(
             trained range (absolute) or counted on (rotary), as the reference does.
         on_set_end: called after every step; what it returns, if not None, replaces the latents
             of the frame so far (B, channels, h, w).
+        graphs: replay the steps of the set loop from CUDA graphs, which are recorded into it.
 
     Yields:
         (B, channels, h, w) latents of every generated frame.
@@ -82,6 +86,9 @@ def generate_frames(
         head = PreparedHead(
             model.image_decoder, torch.tensor(schedule.timesteps, device=model.device)
         )
+        steps = SetSteps(model, head, schedule, guidance)
+        if graphs is not None:
+            steps = graphs.for_run(steps)
         order: TokenOrder | None = None
         context: VideoContext | None = None
     while len(history) < num_frames:
@@ -95,13 +102,10 @@ def generate_frames(
             if order is None:
                 order = TokenOrder.draw(model, noise, guidance.passes)
             latents = generate_frame(
-                model,
-                head,
+                steps,
                 cond,
                 order,
                 set_sizes=set_sizes,
-                schedule=schedule,
-                guidance=guidance,
                 noise=noise,
                 frame=len(history),
                 on_set_end=on_set_end,
@@ -138,14 +142,11 @@ def _given_frames(
 
 
 def generate_frame(
-    model: NOVATransformer,
-    head: PreparedHead,
+    steps: SetSteps,
     cond: Tensor,
     order: TokenOrder,
     *,
     set_sizes: list[int],
-    schedule: DiffusionSchedule,
-    guidance: Guidance,
     noise: NoiseSource,
     frame: int = 0,
     on_set_end: OnSetEnd | None = None,
@@ -153,33 +154,25 @@ def generate_frame(
     """The set loop: reveal a frame's tokens set by set.
 
     Args:
+        steps: of the run.
         cond: (passes * B, C, E) of `VideoContext`.
         frame: index that `on_set_end` is told.
 
     Returns:
         (B, channels, h, w) latents.
     """
-    config = model.config
-    patch_embed = model.image_encoder.patch_embed
+    config, schedule, guidance = steps.model.config, steps.schedule, steps.guidance
+    patch_embed = steps.model.image_encoder.patch_embed
     tokens = cond.new_zeros(*order.order.shape, config.token_dim)
-    embedded = torch.empty_like(order.masked)
+    tensors = steps.begin_frame(cond, order)
     start = 0
     for index, size in enumerate(set_sizes):
         stop = start + size
-        z = model.encode_image(
-            cond,
-            embedded[:, :start],
-            order.masked[:, start:],
-            rotary=order.rotary,
-            rows=slice(start, stop),
-        )
-        tokens[:, start:stop] = denoise(
-            head,
-            z,
-            NoisyTokens(noise, order, start, stop, config.latent_shape, config.patch_size),
-            schedule=schedule,
-            guidance=guidance,
-            scale=guidance.scale_at(index, len(set_sizes)),
+        noisy = NoisyTokens(noise, order, start, stop, config.latent_shape, config.patch_size)
+        tokens[:, start:stop] = steps.run(
+            tensors,
+            SetNoise.draw(noisy, schedule, guidance),
+            SetNumbers(start, stop, guidance.scale_at(index, len(set_sizes))),
         )
         changed = start
         if on_set_end is not None:
@@ -190,6 +183,6 @@ def generate_frame(
                 tokens[:, :stop] = order.select(raster, 0, stop)
                 changed = 0
         fresh = patch_embed.embed_tokens(tokens[:, changed:stop]) + order.positions[:, changed:stop]
-        embedded[:, changed:stop] = fresh.repeat(order.passes, 1, 1)
+        tensors.embedded[:, changed:stop] = fresh.repeat(order.passes, 1, 1)
         start = stop
     return unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)

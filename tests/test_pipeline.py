@@ -391,6 +391,22 @@ def test_offload_gives_the_same(tiny_video_folder, pipe):
     assert torch.equal(latents_of(other, image=picture()), latents_of(pipe, image=picture()))
 
 
+def test_cuda_graphs_need_a_gpu(pipe):
+    with pytest.raises(nova.DeviceError, match="need a GPU, and this pipeline is on cpu"):
+        pipe.enable_cuda_graphs()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_same_clips(tiny_video_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder).to("cuda")
+    expected = latents_of(pipe, image=picture())
+    pipe.enable_cuda_graphs()
+    for _ in range(2):
+        assert torch.equal(latents_of(pipe, image=picture()), expected)
+    assert pipe._graphs.failure is None and len(pipe._graphs) > 0
+    assert pipe.to("cpu")._graphs is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [False, True])
 def test_on_a_gpu(tiny_video_folder, pipe, offload):

@@ -1,0 +1,142 @@
+"""Recorded steps. Without a GPU, a stand-in repeats the work on the memory it was recorded on."""
+
+import warnings
+
+import pytest
+import torch
+from small_models import SMALL, SMALL_ROTARY, sample, small_model
+
+from nova.engine import SetGraphs
+from nova.guidance import Guidance
+from nova.schedule import DDPMConfig
+
+RUNS = [
+    (SMALL, {"guidance": Guidance(scale=3.0)}),
+    (SMALL_ROTARY, {"guidance": Guidance(scale=3.0, image_scale=1.5, renorm=0.5)}),
+    (SMALL, {"guidance": Guidance(scale=1.0), "schedule": DDPMConfig().schedule(3)}),
+    (SMALL, {"guidance": Guidance(scale=3.0, renorm=0.5), "schedule": DDPMConfig().schedule(3)}),
+    (SMALL, {"guidance": Guidance(scale=3.0, min_scale=1.5, trunc=500.0)}),
+]
+
+
+class Repeated:
+    """Repeats work as a graph does: it reads the tensors of the first time, wherever they are."""
+
+    def __init__(self, work):
+        self._work = work
+        self.output = work().clone()
+
+    def replay(self):
+        self.output.copy_(self._work())
+
+
+def repeating():
+    return SetGraphs(lambda: Repeated)
+
+
+@pytest.mark.parametrize("config, options", RUNS)
+def test_recorded_steps_give_the_same_bits(config, options):
+    model, graphs = small_model(config), repeating()
+    for seed in range(3):
+        noise = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        prompts = torch.randn(
+            2, config.text_token_len, config.text_token_dim, generator=noise[0].manual_seed(seed)
+        )
+        noise[1].set_state(noise[0].get_state())
+        expected = sample(model, prompts=prompts, generator=noise[0], **options)
+        result = sample(model, prompts=prompts, generator=noise[1], graphs=graphs, **options)
+        assert torch.equal(result, expected)
+    assert len(graphs) == 4 and graphs.failure is None
+
+
+def test_weights_that_change_in_place_are_followed():
+    model, graphs = small_model(), repeating()
+    before = sample(model, graphs=graphs)
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    result = sample(model, graphs=graphs)
+    assert torch.equal(result, sample(model)) and not torch.equal(result, before)
+
+
+def count_recordings(graphs):
+    """How often the graphs given were recorded, as a list that grows."""
+    made = []
+
+    def make_recorder():
+        return lambda work: made.append(work) or Repeated(work)
+
+    graphs._make_recorder = make_recorder
+    return made
+
+
+def test_another_kind_of_run_is_recorded_anew():
+    model, graphs = small_model(), repeating()
+    made = count_recordings(graphs)
+    sample(model, graphs=graphs)
+    sample(model, graphs=graphs)
+    assert len(made) == 4
+    for change in ({"batch": 1}, {"guidance": Guidance(scale=4.0)}, {"steps": 3}):
+        before = len(made)
+        result = sample(model, graphs=graphs, **change)
+        assert len(made) > before and torch.equal(result, sample(model, **change))
+    model.double().float()  # other addresses
+    before = len(made)
+    assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) > before
+
+
+def test_latents_that_a_callback_replaces():
+    model, graphs = small_model(), repeating()
+
+    def halve(step):
+        return step.latents / 2 if step.set_index == 1 else None
+
+    for _ in range(2):
+        result = sample(model, graphs=graphs, on_set_end=halve)
+        assert torch.equal(result, sample(model, on_set_end=halve))
+
+
+def test_where_recording_fails_sampling_goes_on():
+    def make_recorder():
+        def record(work):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+        return record
+
+    model, graphs = small_model(), SetGraphs(make_recorder)
+    with pytest.warns(UserWarning, match="recording failed: CUDA error: operation not permitted"):
+        result = sample(model, graphs=graphs)
+    assert torch.equal(result, sample(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sample(model, graphs=graphs), result)  # it does not try again
+    assert len(graphs) == 0 and "not permitted" in graphs.failure
+    graphs.clear()
+    assert graphs.failure is None
+
+
+class Wrong(Repeated):
+    """A graph that lost its last launch."""
+
+    def replay(self):
+        super().replay()
+        self.output[0, 0] += 1
+
+
+def test_replays_that_differ_are_not_used():
+    model, graphs = small_model(), SetGraphs(lambda: Wrong)
+    with pytest.warns(UserWarning, match="a replay differed from the step by up to 1"):
+        result = sample(model, graphs=graphs)
+    assert torch.equal(result, sample(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config, options", RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_same_bits(config, options, dtype):
+    model, graphs = small_model(config).cuda().to(dtype), SetGraphs()
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = sample(model, graphs=graphs, **options)
+        assert torch.equal(result, sample(model, **options))
+    assert len(graphs) == 4
