@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measure import machine, peak_memory_bytes, relative_error, reset_peak_memory, timed
 from random_model import RandomModelRun
+from reference_package import ReferenceSampler, import_reference
 from rich.console import Console
 from rich.table import Table
 
@@ -67,16 +68,31 @@ GPU_WORKLOADS = (
 )
 
 
-def make_samplers(device: torch.device) -> dict[str, Callable]:
-    """What is measured, by name: plain loops, the exact sampler, and it from CUDA graphs."""
+def make_samplers(device: torch.device, against: str | None) -> dict[str, Callable]:
+    """What is measured, by name: plain loops, the exact sampler, and it from CUDA graphs.
+
+    Args:
+        against: "diffnext" adds the reference package.
+
+    Raises:
+        ImportError: that package is not there.
+    """
     samplers: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
     if device.type == "cuda":
         samplers["graphs"] = partial(generate_frames, graphs=SetGraphs())
+    if against is not None:
+        samplers[against] = ReferenceSampler()
+        samplers[f"{against}, accelerated"] = ReferenceSampler(accelerated=True)
     return samplers
 
 
 def measure(
-    workload: Workload, batch: int, device: torch.device, dtype: torch.dtype, backend: str
+    workload: Workload,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    against: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of all samplers for one workload and batch size; they take turns, `repeats` times."""
     run = RandomModelRun(
@@ -90,7 +106,7 @@ def measure(
         dtype=dtype,
         backend=backend,
     )
-    samplers = make_samplers(device)
+    samplers = make_samplers(device, against)
     latencies: dict[str, list[float]] = {name: [] for name in samplers}
     outputs, peaks = {}, {}
     for turn in range(workload.repeats):
@@ -159,13 +175,20 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of the ops")
+    parser.add_argument(
+        "--against", choices=["diffnext"], help="the reference package, where it can be imported"
+    )
     parser.add_argument("--repeats", type=int, help="timed runs of each sampler")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     try:
         device = check_device(arguments.device)
+        if arguments.against is not None:
+            import_reference()
     except NovaError as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"--against diffnext: {error}; see benchmarks/reference_package.py")
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, arguments.dtype or default_dtype)
     workloads = GPU_WORKLOADS if device.type == "cuda" else CPU_WORKLOADS
@@ -180,7 +203,7 @@ def main() -> int:
             workload = Workload(**{**vars(workload), "repeats": arguments.repeats})
         for batch in arguments.batch or workload.batches:
             print(f"sampling {workload.geometry}, batch {batch} ...", file=sys.stderr, flush=True)
-            rows += measure(workload, batch, device, dtype, arguments.backend)
+            rows += measure(workload, batch, device, dtype, arguments.backend, arguments.against)
     print_table(rows, facts)
     if arguments.json:
         command = "python benchmarks/fps.py " + " ".join(sys.argv[1:])

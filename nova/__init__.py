@@ -21,6 +21,9 @@ __version__ = "0.1.0"
 
 # Public names and the modules that hold them, imported at first use.
 _LAZY = {
+    "accelerate": "acceleration",
+    "report": "acceleration",
+    "restore": "acceleration",
     "CausalVideoVAE": "vae",
     "Guidance": "guidance",
     "LatentCodec": "codec",
@@ -52,7 +55,10 @@ __all__ = [
     "Request",
     "TextEncoder",
     "VAEConfig",
+    "accelerate",
     "named_config",
+    "report",
+    "restore",
 ]
 
 

@@ -64,7 +64,7 @@ class NOVAPipeline:
         self.text_encoder = text_encoder
         self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
-        self._graphs: SetGraphs | None = None
+        self.graphs: SetGraphs | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
 
@@ -157,9 +157,9 @@ class NOVAPipeline:
                 if name != "text_encoder" or text_encoder:
                     module.to(device=device, dtype=dtype)
         if self.device.type != "cuda":
-            self._graphs = None
-        elif self._graphs is not None:
-            self._graphs.clear()
+            self.graphs = None
+        elif self.graphs is not None:
+            self.graphs.clear()
         return self
 
     def enable_cuda_graphs(self) -> None:
@@ -177,11 +177,11 @@ class NOVAPipeline:
                 f"CUDA graphs need a GPU, and this pipeline is on {self.device}; move it first: "
                 'pipe.to("cuda")'
             )
-        self._graphs = SetGraphs()
+        self.graphs = SetGraphs()
 
     def disable_cuda_graphs(self) -> None:
         """Drop the graphs."""
-        self._graphs = None
+        self.graphs = None
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep all parts on the CPU, each on `device` only while it works."""
@@ -410,7 +410,7 @@ class NOVAPipeline:
                 given_latents=run.given,
                 context_frames=run.request.context_frames,
                 on_set_end=chain(hooks),
-                graphs=self._graphs if self._offload_device is None else None,
+                graphs=self.graphs if self._offload_device is None else None,
             )
             try:
                 with out_of_memory("sampling"):

@@ -403,8 +403,8 @@ def test_cuda_graphs_give_the_same_clips(tiny_video_folder):
     pipe.enable_cuda_graphs()
     for _ in range(2):
         assert torch.equal(latents_of(pipe, image=picture()), expected)
-    assert pipe._graphs.failure is None and len(pipe._graphs) > 0
-    assert pipe.to("cpu")._graphs is None
+    assert pipe.graphs.failure is None and len(pipe.graphs) > 0
+    assert pipe.to("cpu").graphs is None
 
 
 @pytest.mark.gpu

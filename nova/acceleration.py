@@ -1,0 +1,263 @@
+"""One line for people who have a pipeline of the reference package (diffnext) already.
+
+    nova.accelerate(pipe)  # the same calls, weights and videos; the sampling is this package's
+    print(nova.report(pipe))
+    nova.restore(pipe)
+
+Nothing of the reference is imported: its transformer is known by its config and parameters. What is
+replaced is the transformer's `generate_video` on this one object; prompts, VAE, and the pipeline's
+interface stay the reference's.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nova_kernels.dispatch import check_backend
+
+from .checkpoint import load_strict
+from .conditioning import Conditioning
+from .config import ModelConfig
+from .engine import SetGraphs
+from .errors import InputError, NovaError
+from .guidance import Guidance
+from .model import NOVATransformer
+from .noise import NoiseSource
+from .sampling import generate_frames
+from .schedule import DiffusionSchedule, scheduler_from_dict
+from .step_hooks import StepProgress
+
+METHOD = "generate_video"
+
+
+def accelerate(pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False) -> Any:
+    """Replace the sampling of a reference pipeline by this package's.
+
+    Weights are shared, not copied: the pipeline may be moved, converted or fine-tuned afterwards.
+    The same seed gives the same video up to rounding.
+
+    Args:
+        pipe: the reference's `NOVAPipeline` or `NOVAC2IPipeline`.
+        backend: of the ops, see `NOVATransformer.set_backend`.
+        cuda_graphs: see `NOVAPipeline.enable_cuda_graphs`; used on a GPU alone.
+
+    Returns:
+        `pipe`, changed. Called again, it takes the new options.
+
+    Raises:
+        InputError: `pipe` is not such a pipeline; it says what is missing.
+        ConfigError, CheckpointError: its transformer's config or weights are not NOVA's.
+        ValueError: an unknown backend.
+    """
+    check_backend(backend)
+    transformer = _reference_transformer(pipe)
+    model = _shared_model(transformer)
+    model.set_backend(backend)
+    graphs = SetGraphs() if cuda_graphs else None
+    restore(pipe)
+    original = getattr(transformer, METHOD)
+    setattr(transformer, METHOD, AcceleratedSampling(transformer, model, original, graphs))
+    return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Undo `accelerate`; a pipeline that is as it was stays so."""
+    # Only what this object has of its own: its class keeps the reference's method.
+    vars(_reference_transformer(pipe)).pop(METHOD, None)
+    return pipe
+
+
+@dataclass(frozen=True)
+class SamplingReport:
+    """What a pipeline samples with.
+
+    Attributes:
+        accelerated: whether this package samples.
+        device, dtype: of the transformer.
+        backend: that was asked for.
+        graphs: CUDA graphs recorded so far; None: not used.
+        graphs_failure: why no more are recorded.
+        left_to_reference: why the last call was the reference's all the same.
+    """
+
+    accelerated: bool
+    device: str
+    dtype: str
+    backend: str | None = None
+    graphs: int | None = None
+    graphs_failure: str | None = None
+    left_to_reference: str | None = None
+
+    def __str__(self) -> str:
+        if not self.accelerated:
+            return f"sampling: the reference's, {self.dtype} on {self.device}"
+        lines = [f"sampling: nova, {self.dtype} on {self.device}, ops by backend={self.backend!r}"]
+        if self.graphs_failure is not None:
+            lines.append(f"CUDA graphs: off, {self.graphs_failure}")
+        elif self.graphs is not None:
+            lines.append(f"CUDA graphs: {self.graphs} recorded")
+        if self.left_to_reference is not None:
+            lines.append(f"the last call was left to the reference: {self.left_to_reference}")
+        return "\n".join(lines)
+
+
+def report(pipe: Any) -> SamplingReport:
+    """What a pipeline samples with; `python -m nova_kernels` tells which ops run by default.
+
+    Args:
+        pipe: of the reference, accelerated or not, or this package's `NOVAPipeline`.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from .pipeline import NOVAPipeline
+
+    if isinstance(pipe, NOVAPipeline):
+        model, graphs, left = pipe.transformer, pipe.graphs, None
+    else:
+        transformer = _reference_transformer(pipe)
+        sampling = vars(transformer).get(METHOD)
+        if sampling is None:
+            return SamplingReport(False, str(transformer.device), _name(transformer.dtype))
+        model, graphs, left = sampling.model, sampling.graphs, sampling.left_to_reference
+    return SamplingReport(
+        accelerated=True,
+        device=str(model.device),
+        dtype=_name(model.dtype),
+        backend=model.image_decoder.backend,
+        graphs=None if graphs is None else len(graphs),
+        graphs_failure=None if graphs is None else graphs.failure,
+        left_to_reference=left,
+    )
+
+
+class AcceleratedSampling:
+    """What takes the place of the reference transformer's `generate_video(inputs)`.
+
+    Attributes:
+        model: this package's, with the reference's own parameters.
+        graphs: CUDA graphs of the set loop, or None.
+        left_to_reference: why the last call was; None: it was not.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        model: NOVATransformer,
+        original: Callable[[dict[str, Any]], None],
+        graphs: SetGraphs | None,
+    ):
+        self.model, self.graphs = model, graphs
+        self.left_to_reference: str | None = None
+        self._transformer, self._original = transformer, original
+
+    def __call__(self, inputs: dict[str, Any]) -> None:
+        """Append the frames (B, channels, h, w) to the list inputs["latents"].
+
+        Args:
+            inputs: of the pipeline's call; "c" holds the embedded prompts (passes * B, P, E).
+        """
+        self.left_to_reference = self._obstacle(inputs)
+        if self.left_to_reference is not None:
+            warnings.warn(
+                f"this call samples as before nova.accelerate: {self.left_to_reference}",
+                stacklevel=2,
+            )
+            return self._original(inputs)
+        guidance = _guidance(inputs)
+        batch, num_frames = inputs["x"].shape[0], inputs.get("max_latent_length", 1)
+        given, sizes = inputs["latents"], [int(n) for n in inputs["num_preds"] if n > 0]
+        hidden = not (inputs.get("tqdm1", True) or inputs.get("tqdm2", False))
+        graphs = self.graphs if self.model.device.type == "cuda" else None
+        if given and num_frames == 1:
+            return None
+        num_new = num_frames - bool(given)
+        with StepProgress(num_new, len(sizes), {"disable": hidden}) as progress:
+            frames = generate_frames(
+                self.model,
+                Conditioning(_all_passes(inputs["c"], batch, guidance), batch),
+                num_frames=num_frames,
+                set_sizes=sizes,
+                schedule=self._schedule(inputs.get("num_diffusion_steps", 25)),
+                guidance=guidance,
+                noise=NoiseSource(
+                    inputs.get("generator"),
+                    batch,
+                    dtype=self.model.dtype,
+                    device=self.model.device,
+                ),
+                # The reference goes on from the last given one, as frame 0.
+                given_latents=given[-1][:, :, None].expand(batch, -1, -1, -1, -1)
+                if given
+                else None,
+                on_set_end=progress.update,
+                graphs=graphs,
+            )
+            given.extend(frames)
+        return None
+
+    def _obstacle(self, inputs: dict[str, Any]) -> str | None:
+        if inputs.get("spatiotemporal_guidance_scale", 0):
+            return "spatiotemporal_guidance_scale is not in this package"
+        try:
+            self._schedule(inputs.get("num_diffusion_steps", 25))
+            _guidance(inputs)
+        except NovaError as error:
+            return str(error)
+        return None
+
+    def _schedule(self, num_steps: int) -> DiffusionSchedule:
+        """The table of the scheduler as it is now: a call may have set its shift."""
+        scheduler = self._transformer.sample_scheduler
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        config = {key: v for key, v in config.items() if key == "_class_name" or key[0] != "_"}
+        return scheduler_from_dict(config).schedule(num_steps, getattr(scheduler, "shift", None))
+
+
+def _reference_transformer(pipe: Any) -> nn.Module:
+    transformer = getattr(pipe, "transformer", None)
+    wanted = ("config", "sample_scheduler", METHOD)
+    missing = [name for name in wanted if not hasattr(transformer, name)]
+    if not isinstance(transformer, nn.Module) or missing:
+        raise InputError(
+            f"{type(pipe).__name__} is not a pipeline of the reference package: its transformer "
+            f"has no {', '.join(missing) or 'parameters'}. nova.NOVAPipeline needs no accelerating"
+        )
+    return transformer
+
+
+def _shared_model(transformer: nn.Module) -> NOVATransformer:
+    """This package's model made of the reference's own parameters."""
+    config = ModelConfig.from_dict(dict(transformer.config))
+    with torch.device("meta"):
+        model = NOVATransformer(config)
+    # Parameters themselves, so that moving the pipeline moves them here as well.
+    state = transformer.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters():
+        if name in state:  # which loading would change in the reference
+            parameter.requires_grad_(state[name].requires_grad)
+    load_strict(model, state, f"the {type(transformer).__name__}")
+    return model.eval()
+
+
+def _guidance(inputs: dict[str, Any]) -> Guidance:
+    return Guidance(
+        scale=inputs.get("guidance_scale", 1),
+        min_scale=inputs.get("min_guidance_scale"),
+        trunc=inputs.get("guidance_trunc", 0),
+        renorm=inputs.get("guidance_renorm", 1),
+        image_scale=inputs.get("image_guidance_scale", 0),
+    )
+
+
+def _all_passes(tokens: Tensor, batch: int, guidance: Guidance) -> Tensor:
+    """The third pass has no text either, but sees the frames."""
+    return torch.cat([tokens, tokens[batch:]]) if guidance.passes == 3 else tokens
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
