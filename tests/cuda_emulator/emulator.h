@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, to prove their indexing and their synchronisation without a GPU.
 //
-// Every CUDA thread is a fiber. A fiber runs until it has to wait for others (__syncthreads, a warp's
-// shuffle or mma, a counter in global memory); the next one is drawn at random, so that results that
-// depend on the order of threads show. Shared memory starts as NaN. What waits for ever is reported.
+// Every CUDA thread is a fiber. A fiber runs until it has to wait for others (__syncthreads, a
+// warp's shuffle or mma, a counter in global memory); the next one is drawn at random, and warps
+// drawn at random fall far behind, so that results that depend on the order of threads show. Shared
+// memory starts as NaN. What waits for ever is reported.
 #pragma once
 
 #include <ucontext.h>
@@ -26,6 +27,7 @@ namespace emulator {
 
 constexpr int kWarpSize = 32;
 constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr int kRoundsBehind = 64;  // for which a warp is slow, on average
 
 // Threads that wait for each other; complete when all that still run have come.
 struct Barrier {
@@ -48,6 +50,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<double> shared;  // aligned
   int index = 0;
+  int slow_warp = -1;  // falls behind the others; none, where the block has no such warp
   struct Cluster* cluster = nullptr;
 };
 
@@ -75,6 +78,7 @@ struct Fiber {
 
   Warp& warp() { return block->warps[thread.x / kWarpSize]; }
   int lane() const { return static_cast<int>(thread.x) % kWarpSize; }
+  bool is_slow() const { return static_cast<int>(thread.x) / kWarpSize == block->slow_warp; }
 };
 
 // One launch; `current` is the fiber that runs.
@@ -116,18 +120,24 @@ class Launch {
     active = this;
     std::vector<Fiber*> waiting;
     for (Fiber& fiber : fibers_) waiting.push_back(&fiber);
+    draw_slow_warps();
     while (!waiting.empty()) {
       std::shuffle(waiting.begin(), waiting.end(), random_);
-      bool moved = false;
+      bool moved = false, behind = false;
       for (Fiber* fiber : waiting) {
         if (fiber->ready && !fiber->ready()) continue;
+        if (fiber->is_slow()) {
+          behind = true;
+          continue;
+        }
         fiber->ready = nullptr;
         current = fiber;
         swapcontext(&scheduler_, &fiber->context);
         moved = true;
       }
       std::erase_if(waiting, [](const Fiber* fiber) { return fiber->done; });
-      if (!moved) throw std::runtime_error("threads wait for each other for ever");
+      if (!moved && !behind) throw std::runtime_error("threads wait for each other for ever");
+      if (!moved || random_() % kRoundsBehind == 0) draw_slow_warps();
     }
     active = nullptr;
   }
@@ -158,6 +168,11 @@ class Launch {
       if (barrier->members > 0) barrier->complete_if_all_here();
     }
     swapcontext(&fiber.context, &launch.scheduler_);
+  }
+
+  // In every block one warp, or none.
+  void draw_slow_warps() {
+    for (Block& block : blocks_) block.slow_warp = random_() % (block.warps.size() + 1);
   }
 
   void start(Fiber& fiber, Block& block, int thread) {
