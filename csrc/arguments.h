@@ -1,6 +1,8 @@
 // What launches are given: raw pointers, sizes and strides, without torch and without Python.
 #pragma once
 
+#include <cstdint>
+
 namespace nova {
 
 enum class Dtype { kFloat16, kBFloat16, kFloat32 };
@@ -55,6 +57,53 @@ struct DenoiseArguments {
   float* branch = nullptr;               // (R, width)
   float* squares = nullptr;              // (tokens, 2)
   unsigned* arrivals = nullptr;          // one counter; launch_denoise sets it to 0
+};
+
+// A tensor of rows (num_rows, width), seen as (outer, inner, width): row o * inner + i begins at
+// data + o * outer + i * inner. Strides count elements and are 0 where the tensor is broadcast.
+struct StridedRows {
+  void* data = nullptr;
+  int64_t outer = 0, inner = 0;
+};
+
+// What ops on rows have in common; the tensors of a call are T = dtype.
+struct RowArguments {
+  Dtype dtype = Dtype::kFloat16;
+  int num_rows = 0;
+  int inner = 1;                         // size of the inner axis: num_rows = outer axis * inner
+  int width = 0;
+  float eps = 0.0f;
+};
+
+// out = LN(x) * (scale + scale_offset) + shift.
+struct ScaleShiftArguments : RowArguments {
+  StridedRows x, scale, shift, out;      // T
+  float scale_offset = 1.0f;             // 0 where scale holds 1 + scale already
+};
+
+// Gradients of x and of scale, from that of out.
+struct ScaleShiftBackwardArguments : RowArguments {
+  StridedRows grad, x, scale, grad_x, grad_scale;  // T
+  float scale_offset = 1.0f;
+};
+
+// out = x + gate * (LN(h) * weight + bias); no gate, and no weight and bias, where they are null.
+struct ResidualNormArguments : RowArguments {
+  StridedRows x, h, gate, out;           // T; out may be x
+  const void* weight = nullptr;          // T (width,)
+  const void* bias = nullptr;
+};
+
+// Gradients of h, of gate, and of weight and bias as sums over strips of rows.
+struct ResidualNormBackwardArguments : RowArguments {
+  StridedRows grad, h, gate, grad_h, grad_gate;  // T
+  const void* weight = nullptr;          // T (width,)
+  const void* bias = nullptr;
+  int strip = 1;                         // neighbouring rows of a sum
+  // (strips, width), strips = num_rows / strip, rounded up; at a multiple of 32 bytes where the
+  // width is one of 8.
+  float* weight_sums = nullptr;
+  float* bias_sums = nullptr;
 };
 
 }  // namespace nova

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "arguments.h"
@@ -23,7 +24,8 @@ void bind_pointer(pybind11::class_<Class>& type, const char* name, Pointer Class
 }
 
 template <typename Class, std::size_t N>
-void bind_pointers(pybind11::class_<Class>& type, const char* name, const void* (Class::*field)[N]) {
+void bind_pointers(pybind11::class_<Class>& type, const char* name,
+                   const void* (Class::*field)[N]) {
   type.def_property(
       name,
       [field](const Class& self) {
@@ -41,12 +43,89 @@ void bind_pointers(pybind11::class_<Class>& type, const char* name, const void* 
       });
 }
 
+// name, name_outer and name_inner: address and strides of a tensor of rows.
+template <typename Class>
+void bind_rows(pybind11::class_<Class>& type, const std::string& name, StridedRows Class::* field) {
+  type.def_property(
+      name.c_str(),
+      [field](const Class& self) { return reinterpret_cast<std::uintptr_t>((self.*field).data); },
+      [field](Class& self, std::uintptr_t address) {
+        (self.*field).data = reinterpret_cast<void*>(address);
+      });
+  const auto bind_stride = [&](const std::string& stride_name, int64_t StridedRows::* stride) {
+    type.def_property(
+        stride_name.c_str(),
+        [field, stride](const Class& self) { return self.*field.*stride; },
+        [field, stride](Class& self, int64_t elements) { self.*field.*stride = elements; });
+  };
+  bind_stride(name + "_outer", &StridedRows::outer);
+  bind_stride(name + "_inner", &StridedRows::inner);
+}
+
+template <typename Class>
+pybind11::class_<Class> bind_row_arguments(pybind11::module_& module, const char* name) {
+  pybind11::class_<Class> type(module, name);
+  type.def(pybind11::init<>())
+      .def_readwrite("dtype", &Class::dtype)
+      .def_readwrite("num_rows", &Class::num_rows)
+      .def_readwrite("inner", &Class::inner)
+      .def_readwrite("width", &Class::width)
+      .def_readwrite("eps", &Class::eps);
+  return type;
+}
+
+inline void bind_scale_shift(pybind11::module_& module) {
+  using Forward = ScaleShiftArguments;
+  auto forward = bind_row_arguments<Forward>(module, "ScaleShiftArguments");
+  forward.def_readwrite("scale_offset", &Forward::scale_offset);
+  bind_rows(forward, "x", &Forward::x);
+  bind_rows(forward, "scale", &Forward::scale);
+  bind_rows(forward, "shift", &Forward::shift);
+  bind_rows(forward, "out", &Forward::out);
+
+  using Backward = ScaleShiftBackwardArguments;
+  auto backward = bind_row_arguments<Backward>(module, "ScaleShiftBackwardArguments");
+  backward.def_readwrite("scale_offset", &Backward::scale_offset);
+  bind_rows(backward, "grad", &Backward::grad);
+  bind_rows(backward, "x", &Backward::x);
+  bind_rows(backward, "scale", &Backward::scale);
+  bind_rows(backward, "grad_x", &Backward::grad_x);
+  bind_rows(backward, "grad_scale", &Backward::grad_scale);
+}
+
+inline void bind_residual_norm(pybind11::module_& module) {
+  using Forward = ResidualNormArguments;
+  auto forward = bind_row_arguments<Forward>(module, "ResidualNormArguments");
+  bind_rows(forward, "x", &Forward::x);
+  bind_rows(forward, "h", &Forward::h);
+  bind_rows(forward, "gate", &Forward::gate);
+  bind_rows(forward, "out", &Forward::out);
+  bind_pointer(forward, "weight", &Forward::weight);
+  bind_pointer(forward, "bias", &Forward::bias);
+
+  using Backward = ResidualNormBackwardArguments;
+  auto backward = bind_row_arguments<Backward>(module, "ResidualNormBackwardArguments");
+  backward.def_readwrite("strip", &Backward::strip);
+  bind_rows(backward, "grad", &Backward::grad);
+  bind_rows(backward, "h", &Backward::h);
+  bind_rows(backward, "gate", &Backward::gate);
+  bind_rows(backward, "grad_h", &Backward::grad_h);
+  bind_rows(backward, "grad_gate", &Backward::grad_gate);
+  bind_pointer(backward, "weight", &Backward::weight);
+  bind_pointer(backward, "bias", &Backward::bias);
+  bind_pointer(backward, "weight_sums", &Backward::weight_sums);
+  bind_pointer(backward, "bias_sums", &Backward::bias_sums);
+}
+
 inline void bind_arguments(pybind11::module_& module) {
   module.attr("MAX_DENOISE_STEPS") = kMaxDenoiseSteps;
   pybind11::enum_<Dtype>(module, "Dtype")
       .value("float16", Dtype::kFloat16)
       .value("bfloat16", Dtype::kBFloat16)
       .value("float32", Dtype::kFloat32);
+
+  bind_scale_shift(module);
+  bind_residual_norm(module);
 
   using D = DenoiseArguments;
   using Numbers = std::array<float, 6>;

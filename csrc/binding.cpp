@@ -1,5 +1,5 @@
-// The Python module nova_kernels._cuda. This file and arguments_binding.h alone know Python; no file
-// knows torch, so one build serves every torch version.
+// The Python module nova_kernels._cuda. This file and arguments_binding.h alone know Python; no
+// file knows torch, so one build serves every torch version.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -55,6 +55,17 @@ py::list devices() {
   return result;
 }
 
+template <typename Arguments>
+void bind_launch(py::module_& module, const char* name, void (*launch)(const Arguments&, void*),
+                 const char* doc) {
+  module.def(
+      name,
+      [launch](const Arguments& arguments, std::uintptr_t stream) {
+        launch(arguments, reinterpret_cast<void*>(stream));
+      },
+      doc);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -64,12 +75,16 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("devices", &devices,
              "One dictionary per visible GPU; empty where there is no driver or no GPU.");
   nova::bind_arguments(module);
-  module.def(
-      "denoise",
-      [](const nova::DenoiseArguments& arguments, std::uintptr_t stream) {
-        nova::launch_denoise(arguments, reinterpret_cast<void*>(stream));
-      },
-      "All steps of the denoise loop, on a stream of the current device.");
+  bind_launch(module, "denoise", &nova::launch_denoise,
+              "All steps of the denoise loop, on a stream of the current device.");
   module.def("denoise_clusters", &nova::count_denoise_clusters,
              "Clusters of the denoise kernel that the current device runs at once.");
+  bind_launch(module, "scale_shift", &nova::launch_scale_shift,
+              "LN(x) * (1 + scale) + shift, on a stream of the current device.");
+  bind_launch(module, "scale_shift_backward", &nova::launch_scale_shift_backward,
+              "Gradients of x and scale.");
+  bind_launch(module, "residual_norm", &nova::launch_residual_norm,
+              "x + gate * (LN(h) * weight + bias), on a stream of the current device.");
+  bind_launch(module, "residual_norm_backward", &nova::launch_residual_norm_backward,
+              "Gradients of h and gate, and sums of those of weight and bias over strips of rows.");
 }

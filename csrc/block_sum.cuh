@@ -35,4 +35,22 @@ __device__ inline void block_sum(float (&values)[N], float* scratch) {
   __syncthreads();
 }
 
+// Every one of N values becomes its sum over `warps` warps, in all of their threads: a warp alone,
+// or all of the block. scratch holds warps * N floats; before it is used again, the threads have to
+// meet, for example in a sum that uses other scratch.
+template <int N>
+__device__ inline void sum_over_warps(float (&values)[N], int warps, float* scratch) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (float& value : values) value = warp_sum(value);
+  if (warps == 1) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (lane == 0) scratch[warp * N + i] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = warp_sum(lane < warps ? scratch[lane * N + i] : 0.0f);
+}
+
 }  // namespace nova

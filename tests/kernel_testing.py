@@ -8,12 +8,23 @@ import pytest
 import torch
 from torch import Tensor, library
 
+from nova_kernels.cuda_kernels import extension
+
 # On a GPU the kernels run as they are; elsewhere Triton's interpreter runs them (conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter rounds bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_extension = pytest.mark.skipif(
+    DEVICE == "cpu" or extension.obstacle() is not None,
+    reason="needs a GPU and the CUDA extension",
+)
+# Of ops that are written in both.
+TRITON_AND_CUDA = [
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cuda", marks=needs_extension),
+]
 
 opcheck = library.opcheck  # PyTorch's own test of an operator's registration
 

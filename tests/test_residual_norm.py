@@ -2,9 +2,9 @@ import pytest
 import torch
 from kernel_testing import (
     DTYPES,
+    TRITON_AND_CUDA,
     assert_as_exact_as_torch,
     in_float64,
-    needs_triton,
     opcheck,
     poisoned,
     randn,
@@ -43,20 +43,20 @@ def inputs(shape, gate_shape, affine, dtype):
     return x, h, weight, bias, None if gate_shape is None else leaf(gate_shape, 5)
 
 
-def by_triton(x, h, weight, bias, gate, **options):
-    return residual_norm(x, h, weight, bias, gate=gate, backend="triton", **options)
+def run(backend, x, h, weight, bias, gate, **options):
+    return residual_norm(x, h, weight, bias, gate=gate, backend=backend, **options)
 
 
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape, gate_shape", SHAPES)
-@needs_triton
-def test_triton_is_as_exact_as_torch(shape, gate_shape, affine, dtype):
+def test_kernels_are_as_exact_as_torch(shape, gate_shape, affine, dtype, backend):
     given = inputs(shape, gate_shape, affine, dtype)
     exact_given = in_float64(*given)
     exact, by_torch = reference(*exact_given), plain(*given)
     with poisoned():
-        result = by_triton(*given)
+        result = run(backend, *given)
     assert_as_exact_as_torch(result, by_torch, exact)
 
     leaves, exact_leaves = ([t for t in ts if t is not None] for ts in (given, exact_given))
@@ -70,7 +70,7 @@ def test_triton_is_as_exact_as_torch(shape, gate_shape, affine, dtype):
             assert_as_exact_as_torch(ours, theirs, right)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["reference", *TRITON_AND_CUDA])
 def test_several_dtypes(backend):
     """As automatic mixed precision has them: a branch in half precision on a float32 residual."""
     x, h, weight, bias, gate = inputs((5, 48), (5, 48), True, torch.float32)
@@ -85,51 +85,51 @@ def test_several_dtypes(backend):
     assert low.dtype == torch.float16
 
 
-@needs_triton
-def test_a_residual_shared_by_several_passes():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_a_residual_shared_by_several_passes(backend):
     x, h, gate = randn(1, 4, 24, seed=1), randn(3, 4, 24, seed=2), randn(3, 4, 24, seed=3)
-    result = residual_norm(x, h, gate=gate, backend="triton")
+    result = residual_norm(x, h, gate=gate, backend=backend)
     assert torch.allclose(result, reference(x, h, gate=gate), atol=1e-5)
 
 
-@needs_triton
-def test_in_place():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_in_place(backend):
     x, h, weight, bias, gate = (
         None if t is None else t.detach() for t in inputs((4, 6, 40), (40,), True, torch.float32)
     )
     expected = reference(x, h, weight, bias, gate)
     for view in (x.clone(), x.clone().transpose(0, 1).contiguous().transpose(0, 1)):
-        for backend in ("triton", "reference"):
+        for chosen in (backend, "reference"):
             target = view.clone(memory_format=torch.preserve_format)
-            options = {"gate": gate, "inplace": True, "backend": backend}
+            options = {"gate": gate, "inplace": True, "backend": chosen}
             result = residual_norm(target, h, weight, bias, **options)
             assert result is target and torch.allclose(target, expected, atol=1e-5)
 
 
-@needs_triton
-def test_in_place_where_strides_do_not_merge():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_in_place_where_strides_do_not_merge(backend):
     """x is then copied for the kernel, and the result has to come back."""
     base = randn(3, 4, 5, 32, seed=1)
     x, h = base.permute(2, 0, 1, 3)[::2], randn(3, 3, 4, 32, seed=2)
     expected = reference(x, h)
-    assert torch.allclose(by_triton(x, h, None, None, None, inplace=True), expected, atol=1e-5)
+    assert torch.allclose(run(backend, x, h, None, None, None, inplace=True), expected, atol=1e-5)
     assert torch.allclose(base.permute(2, 0, 1, 3)[::2], expected, atol=1e-5)
 
 
-@needs_triton
-def test_operator_contract_and_compile():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_operator_contract_and_compile(backend):
     given = inputs((3, 4, 40), (3, 4, 40), True, torch.float32)
-    arguments = (*given, EPS, "triton")
+    arguments = (*given, EPS, backend)
     opcheck(torch.ops.nova_kernels.residual_norm.default, arguments)
-    detached = (*(t.detach() for t in given), EPS, "triton")
+    detached = (*(t.detach() for t in given), EPS, backend)
     opcheck(torch.ops.nova_kernels.residual_norm_.default, detached)
-    compiled = torch.compile(by_triton, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *t: run(backend, *t), fullgraph=True, backend="aot_eager")
     result = compiled(*given)
     assert torch.allclose(result, reference(*given), atol=1e-5)
     result.sum().backward()
     assert all(leaf.grad is not None for leaf in given)
     with torch.inference_mode():
-        assert torch.equal(by_triton(*given), result)
+        assert torch.equal(run(backend, *given), result)
 
 
 def test_arguments_that_do_not_fit():

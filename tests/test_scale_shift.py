@@ -2,9 +2,9 @@ import pytest
 import torch
 from kernel_testing import (
     DTYPES,
+    TRITON_AND_CUDA,
     assert_as_exact_as_torch,
     in_float64,
-    needs_triton,
     opcheck,
     poisoned,
     randn,
@@ -12,6 +12,7 @@ from kernel_testing import (
 from torch.nn import functional as F
 
 from nova_kernels import BackendError, scale_shift
+from nova_kernels.dispatch import Op
 from nova_kernels.ops.scale_shift import EPS, reference
 
 # Shape of x, and of scale and shift.
@@ -39,15 +40,15 @@ def inputs(x_shape, vector_shape, dtype):
     return [t.requires_grad_() for t in (x, scale, shift)]
 
 
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("x_shape, vector_shape", SHAPES)
-@needs_triton
-def test_triton_is_as_exact_as_torch(x_shape, vector_shape, dtype):
+def test_kernels_are_as_exact_as_torch(x_shape, vector_shape, dtype, backend):
     leaves = inputs(x_shape, vector_shape, dtype)
     exact_leaves = in_float64(*leaves)
     exact, by_torch = reference(*exact_leaves), plain(*leaves)
     with poisoned():
-        result = scale_shift(*leaves, backend="triton")
+        result = scale_shift(*leaves, backend=backend)
     assert_as_exact_as_torch(result, by_torch, exact)
     grad = randn(*result.shape, dtype=dtype, seed=4)
     with poisoned():
@@ -66,37 +67,37 @@ def test_reference_is_layer_norm_with_scale_and_shift(dtype):
     assert_as_exact_as_torch(scale_shift(*leaves), plain(*leaves), exact)
 
 
-@needs_triton
-def test_strides_of_any_kind():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_strides_of_any_kind(backend):
     x = randn(6, 10, 48, seed=1).transpose(0, 1)[::2]
     scale = randn(5, 96, seed=2)[:, ::2][:, None]
     shift = randn(48, seed=3)
     with torch.no_grad():
-        result = scale_shift(x, scale, shift, backend="triton")
+        result = scale_shift(x, scale, shift, backend=backend)
     assert torch.allclose(result, reference(x, scale, shift), atol=1e-5)
 
 
-@needs_triton
-def test_no_rows():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_no_rows(backend):
     empty = randn(0, 32)
-    assert scale_shift(empty, empty, empty, backend="triton").shape == (0, 32)
+    assert scale_shift(empty, empty, empty, backend=backend).shape == (0, 32)
 
 
-@needs_triton
-def test_operator_contract_and_compile():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_operator_contract_and_compile(backend):
     leaves = inputs((3, 4, 40), (3, 1, 40), torch.float32)
     expanded = [t.detach().expand(3, 4, 40).requires_grad_() for t in leaves]
-    arguments = (*expanded, EPS, True, "triton")
+    arguments = (*expanded, EPS, True, backend)
     opcheck(torch.ops.nova_kernels.scale_shift.default, arguments)
     compiled = torch.compile(
-        lambda *t: scale_shift(*t, backend="triton"), fullgraph=True, backend="aot_eager"
+        lambda *t: scale_shift(*t, backend=backend), fullgraph=True, backend="aot_eager"
     )
     result = compiled(*leaves)
     assert torch.allclose(result, reference(*leaves), atol=1e-5)
     result.sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
     with torch.inference_mode():
-        assert torch.equal(scale_shift(*leaves, backend="triton"), result)
+        assert torch.equal(scale_shift(*leaves, backend=backend), result)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_shapes_that_do_not_fit(x_shape, vector_shape, message):
         scale_shift(randn(*x_shape), randn(*vector_shape), randn(*vector_shape))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["reference", *TRITON_AND_CUDA])
 def test_several_dtypes_and_scales_that_hold_the_one(backend):
     x, scale, shift = inputs((5, 48), (5, 48), torch.float32)
     expected = reference(x, scale, shift)
@@ -135,11 +136,13 @@ def test_backends_that_do_not_fit():
     with pytest.raises(ValueError, match="backend must be one of"):
         scale_shift(x, x, x, backend="tritn")
     with pytest.raises(BackendError, match="not written"):
-        scale_shift(x, x, x, backend="cuda")
+        Op("scale_shift").choose("cuda", x)
+    with pytest.raises(BackendError, match="it needs tensors on a GPU"):
+        scale_shift(*(t.cpu() for t in (x, x, x)), backend="cuda")
 
 
-@needs_triton
-def test_rows_too_wide_for_a_program():
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_rows_too_wide_for_a_kernel(backend):
     x = randn(1, 8193)
-    with pytest.raises(ValueError, match="up to 8192"), torch.no_grad():
-        scale_shift(x, x, x, backend="triton")
+    with pytest.raises((ValueError, BackendError), match="up to 8192"), torch.no_grad():
+        scale_shift(x, x, x, backend=backend)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from nova_kernels.checks import common_shape
 from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
 
-OP = Op("scale_shift")
+OP = Op("scale_shift", implementations=("triton", "cuda"))
 EPS = 1e-6
 
 
