@@ -28,7 +28,7 @@ demo: setup
 	$(VENV_PYTHON) benchmarks/fps.py
 
 test: setup
-	$(VENV_PYTHON) -m pytest -q tests
+	$(VENV_PYTHON) -m pytest -q tests -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .

@@ -55,12 +55,19 @@ train() {
 train image-model 3000 images --config "$here/transformer.json" --vae "$vae" \
     --text-encoder "$out/text" --batch-size 64 --warmup 100 --schedule constant --ema 0.99 \
     --save-every 250
-# The learning rate falls in the second part alone.
+# Clips: the learning rate falls in the second part alone.
 train_clips() {
-    train video-model "$1" clips --model "$out/image-model/checkpoints/step-00003000" \
-        --train-motion --batch-size 32 --warmup 50 --schedule "$2" --ema 0.995 --save-every 200
+    run=$1 steps=$2 model=$3 && shift 3
+    train "$run" "$steps" clips --model "$out/$model" --train-motion --warmup 50 --ema 0.995 \
+        --save-every 200 "$@"
 }
-train_clips 4400 constant
-train_clips 9200 cosine
-[ -d "$out/shapes" ] || nova export "$out/video-model/checkpoints/step-00009200" --out "$out/shapes" \
+images=image-model/checkpoints/step-00003000
+train_clips clips-1 4400 $images --batch-size 32 --schedule constant
+train_clips clips-1 9200 $images --batch-size 32 --schedule cosine
+# Their first two latents alone: in the second one it shows which way things move, and steps on two
+# are cheap. Then whole clips again.
+train_clips starts 6200 clips-1/checkpoints/step-00009200 --max-latent-length 2 --batch-size 64 \
+    --schedule constant
+train_clips clips-2 3600 starts/checkpoints/step-00006200 --batch-size 32 --schedule cosine
+[ -d "$out/shapes" ] || nova export "$out/clips-2/checkpoints/step-00003600" --out "$out/shapes" \
     --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
