@@ -69,5 +69,6 @@ train_clips clips-1 9200 $images --batch-size 32 --schedule cosine
 train_clips starts 6200 clips-1/checkpoints/step-00009200 --max-latent-length 2 --batch-size 64 \
     --schedule constant
 train_clips clips-2 3600 starts/checkpoints/step-00006200 --batch-size 32 --schedule cosine
-[ -d "$out/shapes" ] || nova export "$out/clips-2/checkpoints/step-00003600" --out "$out/shapes" \
+train_clips clips-3 2200 clips-2/checkpoints/step-00003600 --batch-size 32 --schedule cosine --lr 2e-3
+[ -d "$out/shapes" ] || nova export "$out/clips-3/checkpoints/step-00002200" --out "$out/shapes" \
     --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
