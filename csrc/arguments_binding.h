@@ -14,6 +14,9 @@
 
 namespace nova {
 
+// Types belong to their module: the emulator of the tests is another one with the same types.
+const pybind11::module_local kLocal;
+
 template <typename Class, typename Pointer>
 void bind_pointer(pybind11::class_<Class>& type, const char* name, Pointer Class::* field) {
   type.def_property(
@@ -64,7 +67,7 @@ void bind_rows(pybind11::class_<Class>& type, const std::string& name, StridedRo
 
 template <typename Class>
 pybind11::class_<Class> bind_row_arguments(pybind11::module_& module, const char* name) {
-  pybind11::class_<Class> type(module, name);
+  pybind11::class_<Class> type(module, name, kLocal);
   type.def(pybind11::init<>())
       .def_readwrite("dtype", &Class::dtype)
       .def_readwrite("num_rows", &Class::num_rows)
@@ -119,7 +122,7 @@ inline void bind_residual_norm(pybind11::module_& module) {
 
 inline void bind_arguments(pybind11::module_& module) {
   module.attr("MAX_DENOISE_STEPS") = kMaxDenoiseSteps;
-  pybind11::enum_<Dtype>(module, "Dtype")
+  pybind11::enum_<Dtype>(module, "Dtype", kLocal)
       .value("float16", Dtype::kFloat16)
       .value("bfloat16", Dtype::kBFloat16)
       .value("float32", Dtype::kFloat32);
@@ -129,7 +132,7 @@ inline void bind_arguments(pybind11::module_& module) {
 
   using D = DenoiseArguments;
   using Numbers = std::array<float, 6>;
-  pybind11::class_<D> denoise(module, "DenoiseArguments");
+  pybind11::class_<D> denoise(module, "DenoiseArguments", kLocal);
   denoise.def(pybind11::init<>())
       .def_readwrite("dtype", &D::dtype)
       .def_readwrite("tokens", &D::tokens)
