@@ -11,7 +11,6 @@ graph, which is what one launch has to beat.
 import argparse
 import copy
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from denoise_costs import CARDS, step_cost
-from measure import machine, relative_error
+from measure import machine, relative_error, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -235,10 +234,7 @@ def main() -> int:
             print_rows(rows, f"A denoise step in one launch, counted and predicted: {sizes}")
             print("No GPU here: nothing was timed.")
     if arguments.json:
-        command = "python benchmarks/denoise.py " + " ".join(sys.argv[1:])
-        result = {"machine": facts, "command": command.strip(), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_rows(arguments.json, "denoise.py", facts, rows)
     return 1 if any("refused" in row for row in rows) else 0
 
 

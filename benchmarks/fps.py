@@ -10,7 +10,6 @@ frame; its frames per second then count those sets as their share of a whole vid
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, peak_memory_bytes, relative_error, reset_peak_memory, timed
+from measure import (
+    machine,
+    peak_memory_bytes,
+    relative_error,
+    reset_peak_memory,
+    timed,
+    write_rows,
+)
 from random_model import RandomModelRun
 from reference_package import ReferenceSampler, import_reference
 from rich.console import Console
@@ -206,10 +212,7 @@ def main() -> int:
             rows += measure(workload, batch, device, dtype, arguments.backend, arguments.against)
     print_table(rows, facts)
     if arguments.json:
-        command = "python benchmarks/fps.py " + " ".join(sys.argv[1:])
-        result = {"machine": facts, "command": command.strip(), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_rows(arguments.json, "fps.py", facts, rows)
     wrong = [row for row in rows if not row["max_error_vs_plain"] <= TOLERANCES[dtype]]
     for row in wrong:
         print(f"{row['sampler']} differs from plain: {row}", file=sys.stderr)

@@ -9,7 +9,6 @@ are the card's own, measured in the same run: a copy for bytes, a matrix product
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from attention_peers import flash_attn_version
 from compile_report import compile_rows, faults, print_compile_table
 from kernel_cases import KernelCase, kernel_cases
-from measure import machine, relative_error
+from measure import machine, relative_error, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -249,10 +248,7 @@ def main() -> int:
         print_floors(rows, dtype)
         print("No GPU here: nothing was timed.")
     if arguments.json:
-        command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
-        result = {"machine": facts, "command": command.strip(), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_rows(arguments.json, "kernels.py", facts, rows)
     return 1 if failed else 0
 
 

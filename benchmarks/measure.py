@@ -1,5 +1,6 @@
 """What every benchmark measures alike: time, peak memory, and the machine it ran on."""
 
+import json
 import platform
 import resource
 import subprocess
@@ -88,6 +89,15 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def write_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write a results file: the machine, the command that this process was called by, the rows."""
+    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"machine": facts, "command": command, "rows": rows}, indent=1) + "\n"
+    )
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
