@@ -218,10 +218,7 @@ def _kind(steps: SetSteps, cond: Tensor, order: TokenOrder) -> Hashable:
 
 
 def _tensors(head: PreparedHead) -> list[Tensor]:
-    weights = head.weights
-    pairs = [weights.embed, *weights.modulations, weights.head]
-    pairs += [pair for block in weights.blocks for pair in vars(block).values()]
-    return [head.time_embeddings, *(tensor for pair in pairs for tensor in pair)]
+    return [head.time_embeddings, *head.weights.tensors()]
 
 
 def _noise_tensors(drawn: SetNoise) -> list[Tensor]:

@@ -16,7 +16,7 @@ from nova_kernels.cuda_kernels.denoise_plan import (
     plan_denoise,
     shared_bytes,
 )
-from nova_kernels.ops.denoise import modulate, with_unit_scale
+from nova_kernels.ops.denoise import MAX_STEPS_PER_LAUNCH, modulate, with_unit_scale
 
 pytestmark = needs_compiler
 
@@ -59,6 +59,10 @@ def test_the_loop_is_as_exact_as_torch(clusters, cluster_size, passes, dtype):
     steps = numbers(2, guidance=3.0, image_guidance=1.5)
     given = inputs((2, 3), passes, 2, dtype, width=64)
     check(given, steps, emulate(given, steps, plan_for(given, clusters, cluster_size)))
+
+
+def test_both_sides_agree_on_the_steps_of_a_launch():
+    assert emulated_extension().MAX_DENOISE_STEPS == MAX_STEPS_PER_LAUNCH
 
 
 @pytest.mark.parametrize("cluster_size", [1, 2])

@@ -33,7 +33,7 @@ def obstacle(x: Tensor, condition: Tensor, weights: HeadWeights, noisy_outside: 
             launches follows.
     """
     shape = shape_of(x, condition, weights)
-    tensors = [x, condition, *_tensors(weights)]
+    tensors = [x, condition, *weights.tensors()]
     if {t.dtype for t in tensors} - {x.dtype} or x.dtype not in DTYPES:
         names = sorted({str(t.dtype) for t in tensors})
         return f"it takes float16 or bfloat16, the same for tokens and weights, got {names}"
@@ -120,12 +120,6 @@ def shape_of(x: Tensor, condition: Tensor, weights: HeadWeights) -> DenoiseShape
     batch, tokens, token_dim = x.shape
     depth = len(weights.blocks)
     return DenoiseShape(batch * tokens, condition.shape[0], weights.width, depth, token_dim)
-
-
-def _tensors(weights: HeadWeights) -> list[Tensor]:
-    blocks = [pair for block in weights.blocks for pair in vars(block).values()]
-    pairs = [weights.embed, *blocks, *weights.modulations, weights.head]
-    return [tensor for pair in pairs for tensor in pair]
 
 
 def _linear(name: str, linear: Linear) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """How the persistent denoise kernel is divided among the blocks of a GPU (docs/denoise.md).
 
 A layer's outputs are divided into units of eight, which go to clusters of thread blocks in turn;
-the blocks of a cluster divide the layer's inputs. csrc/denoise.cuh does the same arithmetic.
+the blocks of a cluster divide the layer's inputs. csrc/denoise_layers.cuh does the same arithmetic.
 """
 
 from collections.abc import Mapping
@@ -111,7 +111,7 @@ def plan_denoise(shape: DenoiseShape, limits: DeviceLimits) -> DenoisePlan | Non
 def shared_bytes(
     shape: DenoiseShape, clusters: int, cluster_size: int, units: int, weight_slots: int
 ) -> int:
-    """Shared memory of a block, as `DenoiseLayout` in csrc/denoise.cuh divides it."""
+    """Shared memory of a block, as `DenoiseLayout` in csrc/denoise_layout.cuh divides it."""
     slot = units * UNIT * (shape.width // cluster_size) * 2
     partial_sums = WARPS * TILE * (units * UNIT + 4) * 4
     rows = shape.passes * shape.width * 4

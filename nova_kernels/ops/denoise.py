@@ -69,6 +69,12 @@ class HeadWeights:
     def width(self) -> int:
         return self.embed[0].shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """All weights and biases, always in one order."""
+        blocks = [linear for block in self.blocks for linear in vars(block).values()]
+        linears = [self.embed, *blocks, *self.modulations, self.head]
+        return [tensor for linear in linears for tensor in linear]
+
 
 @dataclass(frozen=True)
 class Outside:
