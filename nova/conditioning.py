@@ -69,6 +69,11 @@ class Conditioning:
         ids = torch.cat([labels, negative_labels]) if guidance.passes > 1 else labels
         return cls(model.label_embed(ids.to(model.device)), labels.shape[0])
 
+    def part(self, start: int, stop: int) -> "Conditioning":
+        """Of samples start .. stop - 1."""
+        by_pass = self.tokens.unflatten(0, (-1, self.batch_size))
+        return Conditioning(by_pass[:, start:stop].flatten(0, 1), stop - start)
+
 
 def _per_sample(value: float | Sequence[float], batch: int, model: NOVATransformer) -> Tensor:
     values = list(value) if isinstance(value, Sequence) else [value] * batch

@@ -1,11 +1,20 @@
-"""Devices: is the one asked for there, and what to say when its memory is not enough."""
+"""Devices: is the one asked for there, how much memory is used, and when it is not enough."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
 
 from .errors import DeviceError
+
+# What a RuntimeError says when memory is short, where it is not a torch.OutOfMemoryError.
+OUT_OF_MEMORY_MESSAGES = (
+    "DefaultCPUAllocator",  # who says so on a CPU
+    "MPS backend out of memory",
+    "CUDA error: out of memory",  # of allocations beside torch's own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def check_device(device: str | torch.device | int) -> torch.device:
@@ -40,23 +49,64 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it because a GPU's or the CPU's memory is short."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        message in str(error) for message in OUT_OF_MEMORY_MESSAGES
+    )
+
+
 @contextlib.contextmanager
-def out_of_memory(doing: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors inside into a `DeviceError` that says what to do."""
+def out_of_memory(doing: str, *remedies: str) -> Iterator[None]:
+    """Turn torch's out-of-memory errors inside into a `DeviceError` that says what to do.
+
+    Args:
+        doing: such as "sampling".
+        remedies: what helps there, before what helps everywhere.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info()
-        raise DeviceError(
-            f"out of GPU memory while {doing} "
-            f"({free / 2**30:.1f} of {total / 2**30:.1f} GiB free). Use "
-            "fewer samples at a time, torch_dtype=torch.bfloat16, "
-            "enable_model_cpu_offload(), or vae.module.enable_tiling()"
-        ) from error
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # who says so on a CPU
+        if not is_out_of_memory(error):
             raise
-        raise DeviceError(
-            f"out of memory while {doing}. Use fewer samples at a time, or "
-            "vae.module.enable_tiling()"
-        ) from error
+        raise DeviceError(_out_of_memory_message(error, doing, remedies)) from error
+
+
+def _out_of_memory_message(error: RuntimeError, doing: str, remedies: tuple[str, ...]) -> str:
+    remedies = (*remedies, "torch_dtype=torch.bfloat16")
+    where = f"out of memory while {doing}"
+    if isinstance(error, torch.OutOfMemoryError):
+        remedies += ("enable_model_cpu_offload()",)
+        where = f"out of GPU memory while {doing}"
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            where += f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+    *others, last = remedies
+    return f"{where}. Use {', '.join(others) + ' or ' if others else ''}{last}"
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()  # a failed attempt may have left cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class PeakMemory:
+    """The most memory that tensors take on a GPU, from here on.
+
+    It starts torch's own count anew (`torch.cuda.reset_peak_memory_stats`).
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> int | None:
+        """Bytes so far; None on other devices, where torch does not count them."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._device)

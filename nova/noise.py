@@ -1,5 +1,6 @@
 """Random draws of a run, in the reference's order, from one generator or one a sample."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,7 @@ class NoiseSource:
         self._batch_size = batch_size
         self._dtype = dtype
         self._device = device
+        self._rows = slice(None)
 
     def uniform(self, *shape: int) -> Tensor:
         """(batch_size, *shape) from [0, 1)."""
@@ -52,6 +54,30 @@ class NoiseSource:
         """(batch_size, *shape) from the standard normal distribution."""
         return self._draw(shape, lambda x, generator: x.normal_(generator=generator))
 
+    def states(self) -> list[Tensor]:
+        """Where the generators are now, for `part`."""
+        return [_state(generator, self._device) for generator in self._generators]
+
+    def part(self, start: int, stop: int, states: list[Tensor]) -> "NoiseSource":
+        """The draws of samples start .. stop - 1 alone, equal to those in the whole batch.
+
+        Where every sample has a generator of its own, the others stay where they are. A generator
+        that several samples share draws for the whole batch, and the part is picked from that.
+
+        Args:
+            states: of `states`, where the draws begin; the generators that draw are put there.
+        """
+        part = copy.copy(self)
+        if len({id(generator) for generator in self._generators}) == self._batch_size:
+            part._generators = self._generators[start:stop]
+            part._batch_size = stop - start
+            states = states[start:stop]
+        else:
+            part._rows = slice(start, stop)
+        for generator, state in zip(part._generators, states, strict=True):
+            _set_state(generator, state, self._device)
+        return part
+
     def _draw(self, shape: tuple[int, ...], fill) -> Tensor:
         rows = self._batch_size // len(self._generators)
         draws = []
@@ -59,4 +85,25 @@ class NoiseSource:
             device = self._device if generator is None else generator.device
             x = torch.empty(rows, *shape, dtype=self._dtype, device=device)
             draws.append(fill(x, generator).to(self._device))
-        return draws[0] if len(draws) == 1 else torch.cat(draws)
+        whole = draws[0] if len(draws) == 1 else torch.cat(draws)
+        return whole[self._rows]
+
+
+def _state(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The state of a generator, or of torch's default one for a device."""
+    if generator is not None:
+        return generator.get_state()
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
+
+
+def _set_state(generator: torch.Generator | None, state: Tensor, device: torch.device) -> None:
+    if generator is not None:
+        generator.set_state(state)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .errors import InputError
@@ -25,11 +26,17 @@ class NOVAPipelineOutput:
 
     Attributes:
         latents: (B, channels, T, h, w) scaled latents, whatever the type.
+        max_batch_size: samples that were generated at a time in the end. Where it is less than was
+            asked for, memory was short: give it to the next call.
+        peak_memory: bytes, the most that tensors took on the GPU during the call, attempts that
+            failed included; None on other devices.
     """
 
     images: Any = None
     frames: Any = None
     latents: Tensor | None = None
+    max_batch_size: int | None = None
+    peak_memory: int | None = None
 
     def __getitem__(self, key: str | int) -> Any:
         """output["frames"] as with diffusers; output[0] is the images or the frames."""
@@ -44,14 +51,16 @@ class StreamedFrames:
 
     Attributes:
         index: of the latent frame.
-        latents: (B, channels, h, w) of this frame.
+        latents: (n, channels, h, w) of this frame.
         frames: the pixel frames that are final now, in the type asked for, perhaps none of them:
             the VAE finishes frames a tile at a time (see docs/sampling.md).
+        samples: which of the call's samples these are, n of them; all, but with `max_batch_size`.
     """
 
     index: int
     latents: Tensor
     frames: Any
+    samples: range
 
 
 def convert_pixels(pixels: Tensor, output_type: str) -> Any:
@@ -75,3 +84,13 @@ def convert_pixels(pixels: Tensor, output_type: str) -> Any:
     if arrays.ndim == 4:
         return [Image.fromarray(image) for image in arrays]
     return [[Image.fromarray(frame) for frame in clip] for clip in arrays]
+
+
+def join_samples(parts: list[Any]) -> Any:
+    """Parts of a batch in one output type -> the batch."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)
+    return [sample for part in parts for sample in part]

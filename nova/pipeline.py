@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,26 @@ from torch import Tensor, nn
 from nova_kernels.dispatch import check_backend
 
 from . import inputs
+from .batch_splitting import BatchParts
 from .checkpoint import find_folder
 from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
-from .devices import check_device, out_of_memory
+from .devices import PeakMemory, check_device, free_memory, out_of_memory
 from .engine import SetGraphs
 from .errors import DeviceError, InputError
 from .folders import LOAD, load_parts, save_parts
 from .generation_config import GenerationConfig
 from .model import NOVATransformer
 from .noise import NoiseSource
-from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels
+from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels, join_samples
 from .request import Request
+from .run import Run
 from .sampling import generate_frames
-from .schedule import (
-    DiffusionSchedule,
-    SchedulerConfig,
-    set_sizes,
-)
+from .schedule import SchedulerConfig, set_sizes
+from .side_stream import SideStream, side_stream
 from .step_hooks import Interrupted, StepCallback, StepProgress, chain
+from .streaming import Piece, decode_beside, decode_in_turn, pixels_of
 from .text import TextEncoder
 
 # 33 frames, what the released video model was trained for; its time base (16) is longer.
@@ -227,7 +226,8 @@ class NOVAPipeline:
                 "this pipeline has no text encoder: give prompt_embeds, or open a checkpoint that "
                 "has text_encoder/ and tokenizer/"
             )
-        with self._working("text_encoder"), out_of_memory("encoding the prompt"):
+        elsewhere = "fewer prompts at a time", "pipe.to(device, text_encoder=False)"
+        with self._working("text_encoder"), out_of_memory("encoding the prompt", *elsewhere):
             embeds = self.text_encoder.encode(prompts)
         return [embed.to(self.device, self.dtype) for embed in embeds]
 
@@ -241,6 +241,9 @@ class NOVAPipeline:
         **options: Any,
     ) -> NOVAPipelineOutput:
         """Generate a batch of images or clips.
+
+        Where memory does not suffice for `max_batch_size` samples at a time, half as many are
+        tried, with the same noise, and a `BatchSplitWarning` says what worked.
 
         Args:
             options: all of them are described at `nova.Request`. What is left out is as
@@ -257,27 +260,46 @@ class NOVAPipeline:
             guidance_scale=guidance_scale,
             **options,
         )
+        peak = PeakMemory(self.device)
         run = self._prepare(request)
-        with self._working("transformer"):
-            frames = [latents.clone() for latents in self._frames(run)]
-        latents = torch.stack([*run.given_frames, *frames], dim=2)
+        latents, max_batch_size = self._sample(run)
         is_video = run.num_frames > 1
         shown = latents if is_video else latents[:, :, 0]
         if run.output_type != "latent":
-            shown = convert_pixels(self._decode(shown, run.request), run.output_type)
-        return NOVAPipelineOutput(**{"frames" if is_video else "images": shown}, latents=latents)
+            shown = self._decode(shown, request)
+        return NOVAPipelineOutput(
+            **{"frames" if is_video else "images": shown},
+            latents=latents,
+            max_batch_size=max_batch_size,
+            peak_memory=peak.read(),
+        )
 
-    def stream(self, prompt: Any = None, **options: Any) -> Iterator[StreamedFrames]:
+    def stream(
+        self, prompt: Any = None, *, overlap_decoding: bool = False, **options: Any
+    ) -> Iterator[StreamedFrames]:
         """Generate as a call does, and yield after every latent frame what is finished.
 
         Takes the options of a call. The pixel frames put together equal those of the call; given
         frames come with the first piece. The VAE finishes frames a tile at a time; after
         `pipe.vae.module.tile_latents = 2`, every latent frame gives its pixels at once (calls use
-        that setting too, so both stay equal).
-        """
-        return self._stream(self._prepare(self.generation_config.request(prompt, **options)))
+        that setting too, so both stay equal). With `max_batch_size`, the frames of the first part's
+        samples come first, then those of the next: see `StreamedFrames.samples`. A stream does not
+        split a batch by itself.
 
-    def _prepare(self, request: Request) -> "_Run":
+        Args:
+            overlap_decoding: decode on a CUDA stream of its own while the next frame is generated.
+                The same items, each one latent frame later. This takes more memory: the VAE's and
+                the sampler's at once.
+
+        Raises:
+            NovaError: see `__call__`.
+            DeviceError: `overlap_decoding` without a GPU; too little memory.
+        """
+        side = side_stream(self.device) if overlap_decoding else None
+        run = self._prepare(self.generation_config.request(prompt, **options))
+        return self._stream(run, side)
+
+    def _prepare(self, request: Request) -> Run:
         """Check a request against this model, and encode its prompts and pictures."""
         num_frames = request.max_latent_length
         if num_frames is None:
@@ -293,7 +315,10 @@ class NOVAPipeline:
         batch = conditioning.batch_size
         noise = NoiseSource(request.generator, batch, dtype=self.dtype, device=self.device)
         given = self._given_latents(request, batch)
-        return _Run(request, num_frames, sizes, schedule, conditioning, noise, given)
+        if given is not None:
+            given = given.to(conditioning.tokens)
+        samples = range(batch)
+        return Run(request, num_frames, sizes, schedule, conditioning, noise, given, batch, samples)
 
     @torch.no_grad()
     def _condition(self, request: Request) -> Conditioning:
@@ -364,41 +389,119 @@ class NOVAPipeline:
         if isinstance(generator, list | tuple):
             # One draw a sample, from its own generator.
             pixels = inputs.repeat_to_batch(pixels, batch, "image")
-        with self._working("vae"), out_of_memory("encoding the given frames"):
+        with self._working("vae"), self._vae_out_of_memory("encoding the given frames"):
             latents = self.vae.encode(pixels, generator)
         latents = latents[:, :, None] if latents.dim() == 4 else latents
         return inputs.repeat_to_batch(latents, batch, "image")
 
-    def _decode(self, latents: Tensor, request: Request) -> Tensor:
-        """Pixels in [-1, 1] of latents (B, channels, h, w) or (B, channels, T, h, w)."""
-        with self._working("vae"), out_of_memory("decoding the latents"), torch.no_grad():
-            return self.vae.decode(latents, batch_size=request.vae_batch_size)
+    def _sample(self, run: Run) -> tuple[Tensor, int]:
+        """Latents (B, channels, T, h, w) of a call, and how many samples fit at a time."""
+        parts = BatchParts(
+            run.batch_size,
+            run.request.max_batch_size,
+            doing="sampling",
+            advice="Give max_batch_size={size} (nova generate: --batch-size {size}) to start so.",
+            free_memory=self._free_memory,
+        )
+        states = run.noise.states()
 
-    def _stream(self, run: "_Run") -> Iterator[StreamedFrames]:
-        with self._working("transformer", "vae"):
-            decoder = self.vae.stream() if run.output_type != "latent" else None
-            first = len(run.given_frames)
-            pending = run.given_frames
-            for index, latents in enumerate(self._frames(run), start=first):
-                frames = torch.stack([*pending, latents], dim=2)
-                pending = []
-                if decoder is not None:
-                    with out_of_memory("decoding the latents"), torch.no_grad():
-                        frames = decoder.push(frames)
-                        if index == run.num_frames - 1 or self._interrupt:
-                            frames = torch.cat([frames, decoder.finish()], dim=2)
-                    frames = convert_pixels(frames, run.output_type)
-                yield StreamedFrames(index, latents, frames)
+        def sample_part(start: int, stop: int) -> Tensor:
+            return torch.stack(list(self._frames(run.part(start, stop, states))), dim=2)
 
-    def _frames(self, run: "_Run") -> Iterator[Tensor]:
-        """Generated latent frames of a run, with a progress bar and the callback."""
+        latents = []
         self._interrupt = False
+        with self._working("transformer"), self._sampling_out_of_memory():
+            for part in parts.run(sample_part):
+                latents.append(part)
+                if self._interrupt:
+                    break
+        return run.join(latents), parts.size
+
+    def _decode(self, latents: Tensor, request: Request) -> Any:
+        """Pixels in the output type of latents (B, channels, h, w) or (B, channels, T, h, w)."""
+        parts = BatchParts(
+            len(latents),
+            request.vae_batch_size,
+            doing="decoding",
+            advice="Give vae_batch_size={size} to start so.",
+            free_memory=self._free_memory,
+        )
+
+        @torch.no_grad()
+        def decode_part(start: int, stop: int) -> Any:
+            pixels = self.vae.decode(latents[start:stop], batch_size=stop - start)
+            # At once: most output types are smaller, and not on the GPU.
+            return convert_pixels(pixels, request.output_type)
+
+        with self._working("vae"), self._vae_out_of_memory("decoding the latents"):
+            return join_samples(list(parts.run(decode_part)))
+
+    def _free_memory(self) -> None:
+        """After an attempt that ran out of memory; graphs of its sizes are of no use any more."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        free_memory(self.device)
+
+    def _sampling_out_of_memory(self, *remedies: str) -> contextlib.AbstractContextManager:
+        graphs = [] if self.graphs is None else ["disable_cuda_graphs()"]
+        frames = [] if not self.config.is_video else ["fewer latent frames", "context_frames"]
+        return out_of_memory("sampling", *remedies, *frames, *graphs)
+
+    def _vae_out_of_memory(self, doing: str) -> contextlib.AbstractContextManager:
+        graphs = [] if self.graphs is None else ["disable_cuda_graphs()"]
+        return out_of_memory(doing, "vae.module.enable_tiling()", *graphs)
+
+    def _stream(self, run: Run, side: SideStream | None) -> Iterator[StreamedFrames]:
+        """What `stream` yields, one part of the batch after the other."""
+        self._interrupt = False
+        states = run.noise.states()
+        size = run.request.max_batch_size or run.batch_size
+        with self._working("transformer", "vae"), side or contextlib.nullcontext():
+            for start in range(0, run.batch_size, size):
+                stop = min(start + size, run.batch_size)
+                yield from self._stream_part(run.part(start, stop, states), side)
+                if self._interrupt:
+                    return
+
+    def _stream_part(self, run: Run, side: SideStream | None) -> Iterator[StreamedFrames]:
+        pieces = self._pieces(run)
+        if run.output_type == "latent":
+            yield from (piece.with_frames(piece.fresh) for piece in pieces)
+            return
+        decoder = self.vae.stream()
+
+        def decode(piece: Piece) -> Tensor:
+            with self._vae_out_of_memory("decoding the latents"):
+                return pixels_of(decoder, piece)
+
+        def convert(pixels: Tensor) -> Any:
+            with self._vae_out_of_memory("decoding the latents"):
+                return convert_pixels(pixels, run.output_type)
+
+        if side is None:
+            yield from decode_in_turn(pieces, decode, convert)
+        else:
+            yield from decode_beside(pieces, decode, convert, side)
+
+    def _pieces(self, run: Run) -> Iterator[Piece]:
+        """Generated frames as a streaming decoder takes them."""
+        pending = run.given_frames
+        fewer = ["a smaller max_batch_size"] if len(run.samples) > 1 else []
+        with self._sampling_out_of_memory(*fewer):
+            for index, latents in enumerate(self._frames(run), start=len(pending)):
+                is_last = index == run.num_frames - 1 or self._interrupt
+                fresh = torch.stack([*pending, latents], dim=2)
+                pending = []
+                yield Piece(index, latents, fresh, is_last, run.samples)
+
+    def _frames(self, run: Run) -> Iterator[Tensor]:
+        """Generated latent frames of a run, with a progress bar and the callback."""
         num_new = run.num_frames - len(run.given_frames)
         options = {"disable": run.request.disable_progress_bar, **self._progress_bar_config}
-        with StepProgress(num_new, len(run.set_sizes), options) as progress:
+        with StepProgress(num_new, len(run.set_sizes), options, run.part_name) as progress:
             hooks = [progress.update]
             if run.request.callback_on_step_end is not None:
-                hooks.append(StepCallback(self, run.request))
+                hooks.append(StepCallback(self, run.request, run.samples))
             frames = generate_frames(
                 self.transformer,
                 run.conditioning,
@@ -413,33 +516,7 @@ class NOVAPipeline:
                 graphs=self.graphs if self._offload_device is None else None,
             )
             try:
-                with out_of_memory("sampling"):
-                    yield from frames
+                yield from frames
             except Interrupted as stopped:
                 # As diffusers does: what there is so far is returned, unfinished as it is.
                 yield stopped.latents.clone()
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A request, checked and encoded: what the sampler takes."""
-
-    request: Request
-    num_frames: int
-    set_sizes: list[int]
-    schedule: DiffusionSchedule
-    conditioning: Conditioning
-    noise: NoiseSource
-    given: Tensor | None
-
-    @property
-    def output_type(self) -> str:
-        return self.request.output_type
-
-    @property
-    def given_frames(self) -> list[Tensor]:
-        """The given latents, frame by frame."""
-        if self.given is None:
-            return []
-        device, dtype = self.conditioning.tokens.device, self.conditioning.tokens.dtype
-        return list(self.given.to(device, dtype).unbind(2))

@@ -38,6 +38,9 @@ class Request:
         context_frames: sliding window for clips beyond the trained length; see
             `sampling.generate_frames`.
         num_images_per_prompt: samples of every prompt.
+        max_batch_size: samples that are generated at a time, at most; a larger batch runs in parts,
+            with the same noise. None: all at once. Where memory does not suffice for so many, calls
+            go on with fewer (docs/sampling.md).
         generator: one for the batch, or a list of one a sample (a sample then does not depend on
             what else is in the batch).
         prompt_embeds, negative_prompt_embeds: embeddings (B, n, text_token_dim), or a list of
@@ -45,10 +48,12 @@ class Request:
         callback_on_step_end: called as callback(pipe, step, timestep, tensors) after every
             autoregressive step, counted over all frames. `timestep` is the share of the
             frame's steps still to come, tensors["latents"] (B, channels, h, w) the frame so far. A
-            dictionary that it returns may hold other "latents" to go on with.
-        callback_on_step_end_tensor_inputs: what `tensors` holds: "latents", or nothing.
+            dictionary that it returns may hold other "latents" to go on with. A batch in parts
+            calls it for every part, steps from 0 again, with the latents of the part.
+        callback_on_step_end_tensor_inputs: what `tensors` holds: "latents", "samples" (n,), which
+            of the call's samples these are, or nothing.
         disable_progress_bar: no progress bar.
-        vae_batch_size: samples decoded at a time.
+        vae_batch_size: samples decoded at a time, at most.
         output_type: "pil", "np", "uint8", "pt" or "latent"; see `NOVAPipelineOutput`.
 
     Raises:
@@ -73,6 +78,7 @@ class Request:
     latents: Tensor | Sequence[Tensor] | None = None
     context_frames: int | None = None
     num_images_per_prompt: int = 1
+    max_batch_size: int | None = None
     generator: Generators = None
     prompt_embeds: Tensor | Sequence[Tensor] | None = None
     negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None
@@ -84,17 +90,17 @@ class Request:
 
     def __post_init__(self) -> None:
         counts = ("num_inference_steps", "num_diffusion_steps", "max_latent_length")
-        for name in (*counts, "num_images_per_prompt", "vae_batch_size"):
+        for name in (*counts, "num_images_per_prompt", "max_batch_size", "vae_batch_size"):
             value = getattr(self, name)
-            if value is None and name == "max_latent_length":
+            if value is None and name in ("max_latent_length", "max_batch_size"):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
-        unknown = set(self.callback_on_step_end_tensor_inputs) - {"latents"}
+        unknown = set(self.callback_on_step_end_tensor_inputs) - {"latents", "samples"}
         if unknown:
-            raise InputError(f'callbacks get "latents" alone, not {sorted(unknown)}')
+            raise InputError(f'callbacks get "latents" and "samples", not {sorted(unknown)}')
         given = [name for name in ("image", "video", "latents") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"give one of image, video and latents, not {' and '.join(given)}")

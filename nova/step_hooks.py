@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,14 +26,17 @@ class StepProgress:
 
     Args:
         options: of tqdm, such as disable.
+        part: which samples these are, for the first bar; empty: all.
     """
 
-    def __init__(self, num_frames: int, num_sets: int, options: dict[str, Any]):
+    def __init__(self, num_frames: int, num_sets: int, options: dict[str, Any], part: str = ""):
         self._frames = None
+        sets = f"{part}sets"
         if num_frames > 1:
-            self._frames = tqdm(total=num_frames, desc="frames", unit="frame", **options)
+            self._frames = tqdm(total=num_frames, desc=f"{part}frames", unit="frame", **options)
+            sets = "sets"
         leave = {"leave": num_frames == 1, "position": int(num_frames > 1)}
-        self._sets = tqdm(total=num_sets, desc="sets", unit="set", **{**leave, **options})
+        self._sets = tqdm(total=num_sets, desc=sets, unit="set", **{**leave, **options})
 
     def update(self, step: SetEnd) -> None:
         """Count a finished set, and the frame that it finishes."""
@@ -69,17 +73,23 @@ class StepCallback:
     Args:
         pipeline: handed to the callback, which may set `pipeline._interrupt = True`, the flag that
             diffusers' pipelines have.
+        samples: which of the call's samples the steps are of.
     """
 
-    def __init__(self, pipeline: Any, request: Request):
+    def __init__(self, pipeline: Any, request: Request, samples: range):
         self._pipeline = pipeline
+        self._samples = samples
         self._callback = request.callback_on_step_end
         self._inputs = request.callback_on_step_end_tensor_inputs
         self._step = 0
 
     def __call__(self, step: SetEnd) -> Tensor | None:
         masked = 1.0 - (step.set_index + 1) / step.num_sets
-        tensors = {"latents": step.latents.clone()} if "latents" in self._inputs else {}
+        tensors = {}
+        if "latents" in self._inputs:
+            tensors["latents"] = step.latents.clone()
+        if "samples" in self._inputs:
+            tensors["samples"] = torch.tensor(self._samples)
         result = self._callback(self._pipeline, self._step, masked, tensors)
         self._step += 1
         latents = (result or {}).get("latents")

@@ -1,4 +1,4 @@
-"""Small random models and runs of the samplers, for the tests."""
+"""Small random models, runs of the samplers, and a stand-in for graphs, for the tests."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +7,7 @@ import torch
 
 from nova.conditioning import Conditioning
 from nova.config import EncoderConfig, ModelConfig, named_config
+from nova.engine import SetGraphs
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.noise import NoiseSource
@@ -73,3 +74,19 @@ def sample(
         **options,
     )
     return torch.stack(list(frames), dim=2)
+
+
+class Repeated:
+    """Repeats work as a graph does: it reads the tensors of the first time, wherever they are."""
+
+    def __init__(self, work):
+        self._work = work
+        self.output = work().clone()
+
+    def replay(self):
+        self.output.copy_(self._work())
+
+
+def repeating_graphs() -> SetGraphs:
+    """Graphs of a stand-in that needs no GPU."""
+    return SetGraphs(lambda: Repeated)

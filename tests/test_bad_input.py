@@ -288,8 +288,10 @@ def test_overlong_prompt_is_truncated(sample, tiny_video_folder, out):
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5])
-@pytest.mark.parametrize("name", ["num_inference_steps", "num_diffusion_steps"])
-def test_steps_below_one(sample, name, steps):
+@pytest.mark.parametrize(
+    "name", ["num_inference_steps", "num_diffusion_steps", "max_batch_size", "vae_batch_size"]
+)
+def test_counts_below_one(sample, name, steps):
     with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got"):
         sample(**{name: steps})
 
@@ -474,10 +476,10 @@ def test_out_of_memory(sample, tiny_video_folder, out, monkeypatch):
         yield torch.empty(2**50, dtype=torch.uint8)
 
     monkeypatch.setattr(pipeline_module, "generate_frames", allocate_a_petabyte)
-    with pytest.raises(DeviceError, match="out of memory while sampling. Use fewer samples"):
+    with pytest.raises(DeviceError, match="out of memory while sampling. Use fewer latent frames"):
         sample()
     result = command(PROMPT, "--model", tiny_video_folder, out=out)
-    check_refusal(result, "out of memory while sampling. Use fewer samples", out)
+    check_refusal(result, "out of memory while sampling. Use fewer latent frames", out)
 
 
 def test_out_of_gpu_memory(sample, monkeypatch):
@@ -486,6 +488,7 @@ def test_out_of_gpu_memory(sample, monkeypatch):
         yield
 
     monkeypatch.setattr(pipeline_module, "generate_frames", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**34))
     with pytest.raises(DeviceError, match=r"1\.0 of 16\.0 GiB free.*enable_model_cpu_offload"):
         sample()

@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from nova import pipeline as pipeline_module
 from nova.cli import doctor
 from nova.cli.app import app
+from nova.devices import PeakMemory
 from nova.media import read_image, read_video, write_image, write_video
 from nova.pipeline import NOVAPipeline
 
@@ -271,6 +273,41 @@ def test_every_option_reaches_the_pipeline(tiny_video_folder, tmp_path, monkeypa
     expected |= {"prompt": [PROMPT], "num_inference_steps": 2, "num_diffusion_steps": 2}
     assert {name: calls[0][name] for name in expected} == expected
     assert tilings[0] is not None
+
+
+def test_batches_get_smaller_where_memory_is_short(tiny_image_folder, tmp_path, monkeypatch):
+    common = (PROMPT, "--model", tiny_image_folder, "--num", 7, "--seed", 3)
+    expected = latents_of(*common, "--batch-size", 2, folder=tmp_path)
+    sizes = []
+    original = pipeline_module.generate_frames
+
+    def generate_frames(model, conditioning, **options):
+        sizes.append(conditioning.batch_size)
+        if conditioning.batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, conditioning, **options)
+
+    monkeypatch.setattr(pipeline_module, "generate_frames", generate_frames)
+    path = tmp_path / "small.safetensors"
+    result = run(
+        *("generate", *common, "--batch-size", 4, *FAST),
+        *("--out", tmp_path / "small.png", "--save-latents", path),
+    )
+    assert result.exit_code == 0 and torch.equal(load_file(path)["latents"], expected)
+    # 4 fail and go on as 2 and 2; the batches behind have 2 from the start.
+    assert sizes == [4, 2, 2, 2, 1]
+    assert result.stderr == (
+        "note: out of memory while sampling 4 samples at a time; 2 at a time fit. Give "
+        "max_batch_size=2 (nova generate: --batch-size 2) to start so.\n"
+    )
+
+
+def test_peak_memory_is_printed_on_gpus(tiny_image_folder, tmp_path, monkeypatch):
+    common = (PROMPT, "--model", tiny_image_folder, "--num", 2, "--out", tmp_path / "x.png")
+    assert "GPU memory" not in generate(*common)
+    peaks = [3 * 2**30, 2 * 2**30]
+    monkeypatch.setattr(PeakMemory, "read", lambda self: peaks.pop(0))
+    assert "at most 3.0 GiB of GPU memory\n" in generate(*common)
 
 
 def test_progress_bar_unless_quiet(tiny_video_folder, tmp_path):

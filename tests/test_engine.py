@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from small_models import SMALL, SMALL_ROTARY, sample, small_model
+from small_models import SMALL, SMALL_ROTARY, Repeated, repeating_graphs, sample, small_model
 
 from nova.engine import SetGraphs
 from nova.guidance import Guidance
@@ -19,24 +19,9 @@ RUNS = [
 ]
 
 
-class Repeated:
-    """Repeats work as a graph does: it reads the tensors of the first time, wherever they are."""
-
-    def __init__(self, work):
-        self._work = work
-        self.output = work().clone()
-
-    def replay(self):
-        self.output.copy_(self._work())
-
-
-def repeating():
-    return SetGraphs(lambda: Repeated)
-
-
 @pytest.mark.parametrize("config, options", RUNS)
 def test_recorded_steps_give_the_same_bits(config, options):
-    model, graphs = small_model(config), repeating()
+    model, graphs = small_model(config), repeating_graphs()
     for seed in range(3):
         noise = [torch.Generator().manual_seed(seed) for _ in range(2)]
         prompts = torch.randn(
@@ -50,7 +35,7 @@ def test_recorded_steps_give_the_same_bits(config, options):
 
 
 def test_weights_that_change_in_place_are_followed():
-    model, graphs = small_model(), repeating()
+    model, graphs = small_model(), repeating_graphs()
     before = sample(model, graphs=graphs)
     for parameter in model.parameters():
         parameter.mul_(1.1)
@@ -70,7 +55,7 @@ def count_recordings(graphs):
 
 
 def test_another_kind_of_run_is_recorded_anew():
-    model, graphs = small_model(), repeating()
+    model, graphs = small_model(), repeating_graphs()
     made = count_recordings(graphs)
     sample(model, graphs=graphs)
     sample(model, graphs=graphs)
@@ -85,7 +70,7 @@ def test_another_kind_of_run_is_recorded_anew():
 
 
 def test_latents_that_a_callback_replaces():
-    model, graphs = small_model(), repeating()
+    model, graphs = small_model(), repeating_graphs()
 
     def halve(step):
         return step.latents / 2 if step.set_index == 1 else None

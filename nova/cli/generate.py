@@ -279,7 +279,13 @@ def generate(
         ),
     ] = Backend.auto,
     batch_size: Annotated[
-        int, _option("--batch-size", panel=MACHINE, min=1, help="Samples made at a time.")
+        int,
+        _option(
+            "--batch-size",
+            panel=MACHINE,
+            min=1,
+            help="Samples made at a time; fewer where memory is too short for so many.",
+        ),
     ] = 1,
     text_encoder_device: Annotated[
         str | None,
@@ -388,7 +394,7 @@ def generate(
         quiet=quiet,
     )
     start = time.perf_counter()
-    frames = make_samples(
+    made = make_samples(
         pipeline,
         samples,
         {**options, "negative_prompt": negative},
@@ -398,8 +404,10 @@ def generate(
         latents_file=latents_file,
     )
     seconds = time.perf_counter() - start
-    noun = "frame" if frames == 1 else "frames"
-    typer.echo(f"{frames} {noun} in {seconds:.1f} s, {frames / seconds:.2f} a second")
+    noun = "frame" if made.frames == 1 else "frames"
+    typer.echo(f"{made.frames} {noun} in {seconds:.1f} s, {made.frames / seconds:.2f} a second")
+    if made.peak_memory is not None:
+        typer.echo(f"at most {made.peak_memory / 2**30:.1f} GiB of GPU memory")
 
 
 def _check_usage(conditions: dict[str, object]) -> None:

@@ -1,5 +1,6 @@
 """The loop of `nova generate`: batches of samples through the pipeline, and into files."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,25 @@ from .samples import Sample
 OVERVIEW_SAMPLES = 16  # on the sheet of a run
 
 
+@dataclass
+class Made:
+    """What a run has made.
+
+    Attributes:
+        frames: their number.
+        peak_memory: bytes on the GPU, see `NOVAPipelineOutput`.
+    """
+
+    frames: int = 0
+    peak_memory: int | None = None
+
+    def add(self, frames: int, peak_memory: int | None) -> None:
+        """Count a batch."""
+        self.frames += frames
+        if peak_memory is not None:
+            self.peak_memory = max(peak_memory, self.peak_memory or 0)
+
+
 def make_samples(
     pipeline: NOVAPipeline,
     samples: list[Sample],
@@ -26,25 +46,24 @@ def make_samples(
     sheet: bool,
     overview_file: Path | None,
     latents_file: Path | None,
-) -> int:
+) -> Made:
     """Make and write samples; every file appears as soon as its batch is finished.
 
     Every sample has its own generator, so it does not depend on what else is in its batch.
 
     Args:
         options: arguments of the pipeline call.
+        batch_size: samples at a time; where memory is too short for so many, batches get smaller.
         sheet: write contact sheets beside videos.
         overview_file: also write one contact sheet of the first samples here.
         latents_file: also write the latents of all samples here.
-
-    Returns:
-        The number of frames made.
     """
-    count = 0
+    made = Made()
     latents: list[Tensor] = []
     overview: list[np.ndarray] = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
+    remaining = samples
+    while remaining:
+        batch, remaining = remaining[:batch_size], remaining[batch_size:]
         conditions = [sample.condition for sample in batch]
         name = "prompt_embeds" if isinstance(conditions[0], Tensor) else "prompt"
         output = pipeline(
@@ -53,11 +72,13 @@ def make_samples(
             generator=[_generator(pipeline, sample.seed) for sample in batch],
             output_type="uint8",
         )
+        # The next batches begin with what fitted into memory.
+        batch_size = output.max_batch_size
         clips = output.images[:, None] if output.frames is None else output.frames
+        made.add(sum(len(frames) for frames in clips), output.peak_memory)
         latents.append(output.latents.cpu())
         overview += list(clips)[: OVERVIEW_SAMPLES - len(overview)]
         for sample, frames in zip(batch, clips, strict=True):
-            count += len(frames)
             lines = write_sample(
                 sample.path, frames, options["fps"], caption=sample.caption, sheet=sheet
             )
@@ -70,7 +91,7 @@ def make_samples(
     if latents_file is not None:
         save_state_dict({"latents": torch.cat(latents)}, latents_file.parent, latents_file.stem)
         typer.echo(f"{latents_file}: latents")
-    return count
+    return made
 
 
 def _generator(pipeline: NOVAPipeline, seed: int) -> torch.Generator:

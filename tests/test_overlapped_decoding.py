@@ -1,0 +1,159 @@
+"""Decoding beside sampling. Without a GPU, a stand-in does its work as late as a stream may."""
+
+import pytest
+import torch
+
+import nova
+from nova import pipeline as pipeline_module
+
+PROMPTS = ["a red circle moving right", "a blue square"]
+FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
+
+
+class LateStream:
+    """Does what is launched only when its result is wanted, in order, as a busy GPU may.
+
+    Attributes:
+        log: what happened, in order.
+    """
+
+    def __init__(self, log):
+        self.log = log
+        self._work, self._results = [], []
+
+    def launch(self, work, reads):
+        self._work.append((work, reads, reads.clone()))
+        self.log.append(f"launch {len(self._work) - 1}")
+        return len(self._work) - 1
+
+    def finish(self, use, launched):
+        # Behind all that was launched: waiting for a later frame as well would be no overlap.
+        assert launched == len(self._work) - 1
+        self._catch_up()
+        self.log.append(f"finish {launched}")
+        return use(self._results[launched])
+
+    def _catch_up(self):
+        for work, reads, before in self._work[len(self._results) :]:
+            assert torch.equal(reads, before)  # nobody wrote there in the meantime
+            self._results.append(work())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._catch_up()
+        self.log.append("close")
+
+
+@pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
+def pipe(tiny_video_folder, monkeypatch, log):
+    """Its streams overlap on the stand-in; the log tells of latent frames too."""
+    monkeypatch.setattr(pipeline_module, "side_stream", lambda device: LateStream(log))
+    original = pipeline_module.generate_frames
+
+    def generate_frames(*arguments, **options):
+        for index, latents in enumerate(original(*arguments, **options)):
+            log.append(f"sample {index}")
+            yield latents
+
+    monkeypatch.setattr(pipeline_module, "generate_frames", generate_frames)
+    return nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+
+
+def stream(pipe, **options):
+    generator = torch.Generator().manual_seed(0)
+    options = {"max_latent_length": 4, "output_type": "pt", **FAST, **options}
+    return pipe.stream(PROMPTS, generator=generator, **options)
+
+
+@pytest.mark.parametrize("tile_latents", [2, 5])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_batch_size": 1}, {"image": torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()}],
+    ids=["plain", "parts", "given"],
+)
+def test_overlapped_decoding_gives_the_same_items(pipe, tile_latents, options):
+    pipe.vae.module.tile_latents = tile_latents
+    expected = list(stream(pipe, **options))
+    overlapped = list(stream(pipe, overlap_decoding=True, **options))
+    assert len(overlapped) == len(expected)
+    for item, other in zip(overlapped, expected, strict=True):
+        assert (item.index, item.samples) == (other.index, other.samples)
+        assert torch.equal(item.latents, other.latents)
+        assert torch.equal(item.frames, other.frames)
+
+
+@pytest.mark.parametrize("output_type", ["uint8", "latent"])
+def test_other_output_types(pipe, output_type):
+    expected = [item.frames for item in stream(pipe, output_type=output_type)]
+    items = list(stream(pipe, output_type=output_type, overlap_decoding=True))
+    for item, frames in zip(items, expected, strict=True):
+        assert (item.frames == frames).all()
+
+
+def test_a_frame_is_finished_while_the_next_is_sampled(pipe, log):
+    for item in stream(pipe, max_latent_length=3, overlap_decoding=True):
+        log.append(f"item {item.index}")
+    assert log == [
+        *("sample 0", "launch 0"),
+        *("sample 1", "finish 0", "launch 1", "item 0"),
+        *("sample 2", "finish 1", "launch 2", "item 1"),
+        *("finish 2", "item 2", "close"),
+    ]
+
+
+def test_without_overlap_items_come_at_once(pipe, log):
+    for item in stream(pipe, max_latent_length=2):
+        log.append(f"item {item.index}")
+    assert log == ["sample 0", "item 0", "sample 1", "item 1"]
+
+
+def test_a_stream_that_is_left_early_waits_for_its_work(pipe, log):
+    """Weights may be moved away afterwards."""
+    items = stream(pipe, overlap_decoding=True)
+    next(items)
+    items.close()
+    assert log[-2:] == ["launch 1", "close"]
+
+
+def test_a_stopped_stream_decodes_what_there_is(pipe):
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 4  # in the second frame
+
+    expected = list(stream(pipe, callback_on_step_end=stop))
+    overlapped = list(stream(pipe, callback_on_step_end=stop, overlap_decoding=True))
+    assert [item.index for item in overlapped] == [0, 1]
+    for item, other in zip(overlapped, expected, strict=True):
+        assert torch.equal(item.frames, other.frames)
+
+
+def test_overlapped_decoding_needs_a_gpu(tiny_video_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    with pytest.raises(nova.DeviceError, match="overlap_decoding needs a GPU, .* is on cpu"):
+        pipe.stream(PROMPTS, overlap_decoding=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("output_type", ["pt", "uint8"])
+def test_on_a_gpu(tiny_video_folder, offload, output_type):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    if offload:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to("cuda")
+    pipe.vae.module.tile_latents = 2
+    options = {"max_latent_length": 6, "output_type": output_type}
+    expected = [item.frames for item in stream(pipe, **options)]
+    for _ in range(3):
+        items = stream(pipe, overlap_decoding=True, **options)
+        for item, frames in zip(items, expected, strict=True):
+            # Memory that was given away too early would be overwritten by this.
+            torch.full((2**24,), torch.nan, device="cuda")
+            assert (item.frames == frames).all()
