@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the interpreter to make .venv with
 #   TORCH=2.11.0        another torch than the tested one (TORCH=2.13.0+cu126: a given build of it)
 #   NOVA_CUDA=0         without the CUDA extension (1: fail if it cannot be built)
+#   NOVA_CPP=0          without the C++ extension (likewise)
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -41,7 +42,7 @@ format: setup
 # The extension built in place goes too, so the next set-up must install the project again.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -f nova_kernels/_cuda*.so .venv/nova-setup.stamp
+	rm -f nova_kernels/_c*.so .venv/nova-setup.stamp
 	find nova nova_kernels scripts benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,11 +1,13 @@
-"""Builds the CUDA extension, where that is possible; all metadata is in pyproject.toml.
+"""Builds the extensions, where that is possible; all metadata is in pyproject.toml.
 
 NOVA_CUDA=auto (default)  with the CUDA extension if nvcc is found and the build succeeds
 NOVA_CUDA=1               with the CUDA extension, or fail
 NOVA_CUDA=0               without it
+NOVA_CPP                  the same for the C++ extension (kernels for CPUs) and a C++ compiler
 NOVA_CUDA_ARCHS           architectures in CMake's words, for example "80-real;90"
 MAX_JOBS                  compilers that run at the same time
 CUDACXX, CUDA_HOME        where nvcc is, if it is not on PATH
+CXX                       the C++ compiler, if it is not the system's
 
 torch is never imported, and no GPU is looked for: the machine that builds often has neither.
 """
@@ -15,14 +17,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-EXTENSION = "nova_kernels._cuda"
 # Memory that one nvcc process may take on large kernels.
 BYTES_PER_JOB = 4 * 2**30
 
@@ -30,14 +33,6 @@ BYTES_PER_JOB = 4 * 2**30
 def say(message):
     """Prints one line; pip shows it with -v, or when the build fails."""
     print(f"nova-kernels: {message}", flush=True)
-
-
-def cuda_mode():
-    """The value of NOVA_CUDA, checked."""
-    mode = os.environ.get("NOVA_CUDA", "auto") or "auto"
-    if mode not in ("auto", "1", "0"):
-        raise SetupError(f"NOVA_CUDA must be auto, 1 or 0, not {mode!r}")
-    return mode
 
 
 def find_nvcc():
@@ -52,6 +47,74 @@ def find_nvcc():
     return shutil.which("nvcc")
 
 
+def find_cxx():
+    """Path of a C++ compiler: CXX, or one of GCC's and Clang's usual names; None if absent."""
+    named = os.environ.get("CXX")
+    if named:
+        return shutil.which(named)
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+class Part(NamedTuple):
+    """An extension that may be left out.
+
+    Attributes:
+        title: what it is called.
+        module: Python module that it becomes.
+        variable: environment variable with its mode: auto, 1 or 0.
+        source: folder with its CMakeLists.txt.
+        language: of CMake.
+        find_compiler, missing: how its compiler is found, and what to say if it is not.
+    """
+
+    title: str
+    module: str
+    variable: str
+    source: Path
+    language: str
+    find_compiler: Callable[[], str | None]
+    missing: str
+
+    @property
+    def mode(self):
+        """The value of its variable, checked."""
+        mode = os.environ.get(self.variable, "auto") or "auto"
+        if mode not in ("auto", "1", "0"):
+            raise SetupError(f"{self.variable} must be auto, 1 or 0, not {mode!r}")
+        return mode
+
+    @property
+    def is_wanted(self):
+        return self.mode == "1" or (self.mode == "auto" and self.find_compiler() is not None)
+
+    def remove_in_place(self):
+        """Deletes the module of an earlier editable install, which would pass for a new one."""
+        *package, name = self.module.split(".")
+        module = ROOT.joinpath(*package, name + sysconfig.get_config_var("EXT_SUFFIX"))
+        module.unlink(missing_ok=True)
+
+
+CUDA = Part(
+    title="CUDA extension",
+    module="nova_kernels._cuda",
+    variable="NOVA_CUDA",
+    source=ROOT,
+    language="CUDA",
+    find_compiler=find_nvcc,
+    missing="no nvcc in CUDACXX, CUDA_HOME/bin or PATH",
+)
+CPP = Part(
+    title="C++ extension",
+    module="nova_kernels._cpp",
+    variable="NOVA_CPP",
+    source=ROOT / "csrc" / "cpp",
+    language="CXX",
+    find_compiler=find_cxx,
+    missing="no C++ compiler in CXX or PATH",
+)
+PARTS = {part.module: part for part in (CUDA, CPP)}
+
+
 def parallel_jobs():
     """MAX_JOBS, or as many jobs as there are cores and memory for."""
     if os.environ.get("MAX_JOBS"):
@@ -63,43 +126,42 @@ def parallel_jobs():
     return max(1, jobs)
 
 
-def remove_module_in_place():
-    """Deletes the module of an earlier editable install, which would pass for the new source's."""
-    *package, name = EXTENSION.split(".")
-    module = ROOT.joinpath(*package, name + sysconfig.get_config_var("EXT_SUFFIX"))
-    module.unlink(missing_ok=True)
-
-
 class CMakeBuild(build_ext):
-    """Builds the one extension with CMake.
+    """Builds the extensions with CMake.
 
     `run` is overridden as a whole because setuptools forgives an optional extension only the
     failures of its own compiler, not those of CMake.
     """
 
     def run(self):
-        try:
-            self.build_with_cmake()
-        except Exception as error:  # whatever it is, `auto` goes on without the extension
-            if cuda_mode() == "1":
-                raise SetupError(f"NOVA_CUDA=1, but the CUDA extension failed: {error}") from error
-            say(
-                f"WARNING: installing without the CUDA extension, its build failed: {error}."
-                " NOVA_CUDA=1 makes this an error, NOVA_CUDA=0 does not try."
-            )
-            self.extensions = []  # setuptools must not look for its file
-            if self.inplace:
-                remove_module_in_place()
-        else:
-            if self.inplace:  # an editable install: the module belongs beside nova_kernels/*.py
-                self.copy_extensions_to_source()
+        self.extensions = [e for e in self.extensions if self.build_part(PARTS[e.name])]
+        if self.inplace:  # an editable install: the modules belong beside nova_kernels/*.py
+            self.copy_extensions_to_source()
 
-    def build_with_cmake(self):
-        module = (ROOT / self.build_lib / self.get_ext_filename(EXTENSION)).resolve()
+    def build_part(self, part):
+        """Whether it was built; a part that must be and cannot be is an error."""
+        try:
+            self.build_with_cmake(part)
+        except Exception as error:  # whatever it is, `auto` goes on without the extension
+            if part.mode == "1":
+                raise SetupError(
+                    f"{part.variable}=1, but the {part.title} failed: {error}"
+                ) from error
+            say(
+                f"WARNING: installing without the {part.title}, its build failed: {error}."
+                f" {part.variable}=1 makes this an error, {part.variable}=0 does not try."
+            )
+            if self.inplace:
+                part.remove_in_place()
+            return False
+        return True
+
+    def build_with_cmake(self, part):
+        module = (ROOT / self.build_lib / self.get_ext_filename(part.module)).resolve()
         module.unlink(missing_ok=True)  # an earlier build's must not end in this one's wheel
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise RuntimeError("no nvcc in CUDACXX, CUDA_HOME/bin or PATH")
+        compiler = part.find_compiler()
+        if compiler is None:
+            raise RuntimeError(part.missing)
         # After PATH, the folder of this Python's own tools: it need not be on PATH.
         environment = dict(os.environ)
         search_path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
@@ -113,18 +175,18 @@ class CMakeBuild(build_ext):
             raise RuntimeError("pybind11 is not installed") from None
 
         # Always anew: CMake remembers the paths of tools, and pip deletes its build environment.
-        build_dir = (ROOT / self.build_temp / "cmake").resolve()
+        build_dir = (ROOT / self.build_temp / part.module).resolve()
         shutil.rmtree(build_dir, ignore_errors=True)
         configure = [
             cmake,
-            f"-S{ROOT}",
+            f"-S{part.source}",
             f"-B{build_dir}",
-            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_{part.language}_COMPILER={compiler}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        if os.environ.get("NOVA_CUDA_ARCHS"):
+        if part is CUDA and os.environ.get("NOVA_CUDA_ARCHS"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['NOVA_CUDA_ARCHS']}")
         if shutil.which("ninja", path=search_path):
             configure.append("-GNinja")
@@ -135,25 +197,27 @@ class CMakeBuild(build_ext):
                 raise RuntimeError(f"{step} with CMake ended with status {status}")
         if not module.is_file():
             raise RuntimeError(f"CMake did not make {module.name}")
-        say(f"built the CUDA extension {module.name} with {nvcc}")
+        say(f"built the {part.title} {module.name} with {compiler}")
 
 
-mode = cuda_mode()
-nvcc_found = find_nvcc() is not None
-with_cuda = mode == "1" or (mode == "auto" and nvcc_found)
+wanted = [part for part in PARTS.values() if part.is_wanted]
+buildable = [part for part in wanted if part.find_compiler() is not None]
 
 distribution = setup(
     # Without an extension the wheel is pure Python and serves every platform.
-    ext_modules=[Extension(EXTENSION, sources=[])] if with_cuda else [],
+    ext_modules=[Extension(part.module, sources=[]) for part in wanted],
     cmdclass={"build_ext": CMakeBuild},
     # setuptools reports these as needed for this build, and pip installs them into the isolated
     # build environment; it installs nothing with --no-build-isolation. Static requirements would
-    # make every machine without CUDA fetch (or, on a rare platform, compile) CMake for nothing.
-    setup_requires=["cmake>=3.24", "ninja", "pybind11"] if with_cuda and nvcc_found else [],
+    # make every machine without a compiler fetch (or, on a rare platform, compile) CMake for
+    # nothing.
+    setup_requires=["cmake>=3.24", "ninja", "pybind11"] if buildable else [],
 )
-if not with_cuda:
+for part in PARTS.values():
+    if part in wanted:
+        continue
     if distribution.have_run.get("editable_wheel"):
-        remove_module_in_place()
+        part.remove_in_place()
     if distribution.have_run.get("build_py"):
-        reason = "NOVA_CUDA=0" if mode == "0" else "no nvcc in CUDACXX, CUDA_HOME/bin or PATH"
-        say(f"built without the CUDA extension: {reason}")
+        reason = f"{part.variable}=0" if part.mode == "0" else part.missing
+        say(f"built without the {part.title}: {reason}")

@@ -168,6 +168,7 @@ class RecordedSteps:
         for kept, fresh in zip(_tensors(self._steps.head), _tensors(head), strict=True):
             if kept.data_ptr() != fresh.data_ptr():
                 kept.copy_(fresh)
+        self._steps.head.weights.renew()
         return self._frame
 
     def run(self, drawn: SetNoise, numbers: SetNumbers) -> tuple[Tensor, str | None]:

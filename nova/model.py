@@ -168,21 +168,24 @@ class NOVATransformer(nn.Module):
         self.image_decoder = DiffusionMLP(head.depth, head.embed_dim, dim, patch, config.image_dim)
 
     def set_backend(self, backend: str) -> None:
-        """Choose the implementation of all ops: "auto", "reference", "triton" or "cuda".
+        """Choose the implementation of all ops: "auto", "reference", "triton", "cuda" or "cpp".
 
         What a named one cannot do (`nova_kernels.report()` tells) raises when it is called.
         "cuda" is for the diffusion MLP; the encoders, whose attention is not written in CUDA, run
-        in Triton then.
+        in Triton then. "cpp" is for the denoise loop of sampling on a CPU, and all else runs in the
+        reference.
 
         Raises:
             ValueError: there is no such backend.
         """
         check_backend(backend)
-        in_head = set(self.image_decoder.modules())
+        elsewhere = {"cuda": "triton", "cpp": "reference"}.get(backend, backend)
+        # Of the C++ ops the loop is the only one.
+        head = self.image_decoder
+        in_head = {head} if backend == "cpp" else set(head.modules())
         for module in self.modules():
             if hasattr(module, "backend"):
-                falls_back = backend == "cuda" and module not in in_head
-                module.backend = "triton" if falls_back else backend
+                module.backend = backend if module in in_head else elsewhere
 
     @property
     def dtype(self) -> torch.dtype:

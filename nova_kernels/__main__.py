@@ -24,6 +24,10 @@ def main() -> int:
 def print_build() -> None:
     info = build_info()
     print(f"nova-kernels {info['version']}")
+    if info["cpp_extension"]:
+        print(f"C++ extension: {', '.join(info['cpp_instructions'])}")
+    else:
+        print(f"C++ extension: {info['cpp_error']}")
     if not info["cuda_extension"]:
         print(f"CUDA extension: {info['error']}")
         return

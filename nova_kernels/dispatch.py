@@ -1,7 +1,7 @@
-"""Which implementation runs an op: plain torch ("reference"), "triton" or "cuda".
+"""Which implementation runs an op: plain torch ("reference"), "triton", "cuda" or "cpp".
 
 Every op takes `backend`. "auto", the default, takes the best implementation that is known to be
-right and fast on a GPU, and the reference for everything else; the environment variable
+right and fast, and the reference for everything else; the environment variable
 NOVA_KERNELS_BACKEND replaces "auto". An implementation that is asked for by name runs or raises.
 """
 
@@ -16,10 +16,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, library
 
+from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import extension
 from nova_kernels.errors import BackendError
 
-BACKENDS = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 VARIABLE = "NOVA_KERNELS_BACKEND"
 LIBRARY = library.Library("nova_kernels", "DEF")
 
@@ -31,8 +32,8 @@ class Op:
     Attributes:
         name: of the op, of its module in `triton_kernels`, of its tests.
         implementations: those that exist, best first.
-        verified: those that passed the GPU tests and won on hardware, with a results file in
-            benchmarks/results. Only these are ever chosen automatically.
+        verified: those that passed the tests and won on the hardware that they are for, with a
+            results file in benchmarks/results. Only these are ever chosen automatically.
     """
 
     name: str
@@ -68,6 +69,10 @@ class Op:
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             return "Triton is not installed (on Linux it comes with torch's CUDA builds)"
         devices = {tensor.device.type for tensor in tensors}
+        if backend == "cpp":
+            if devices != {"cpu"}:
+                return f"it needs tensors on a CPU, got {sorted(devices)}"
+            return cpp_extension.obstacle()
         if devices != {"cuda"} and not (backend == "triton" and is_interpreting()):
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
         return extension.obstacle() if backend == "cuda" else None

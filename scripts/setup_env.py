@@ -76,10 +76,10 @@ def use_supported_python():
 def wanted_state():
     """A digest of all that decides what a complete set-up contains."""
     digest = hashlib.sha256()
-    for name in ("TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS"):
+    for name in ("TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS", "NOVA_CPP"):
         digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
     sources = ["pyproject.toml", "setup.py", "CMakeLists.txt", "scripts/setup_env.py"]
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
     for name in sources:
         digest.update(name.encode() + b"\n" + (ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -47,3 +47,19 @@ def test_the_docs_have_what_the_command_predicts(tmp_path, monkeypatch, capsys):
         cells += [str(row["barriers"])]
         cells += [f"{row['floor_us']:.3g} us", f"{row['predicted_us']:.3g} us"]
         assert f"| {' | '.join(cells)} |" in docs
+
+
+def test_it_measures_on_a_cpu_after_a_gate(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "denoise.json"
+    options = ["--cpu", "--width", "32", "--depth", "1", "--tokens", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["denoise.py", *options, "--json", str(file)])
+    assert benchmark.main() == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[0]["implementation"] == "eager"
+    assert all(row["microseconds_a_step"] > 0 and row["error"] < 1e-5 for row in rows)
+
+    monkeypatch.setattr(
+        benchmark, "implementations", lambda loop, shape: {"wrong": lambda: loop.x + 1}
+    )
+    assert benchmark.main() == 1
+    assert "wrong: error" in json.loads(file.read_text())["rows"][0]["refused"]

@@ -21,14 +21,20 @@ PACKAGES = ("nova", "nova_kernels")
 SOURCES = (*PACKAGES, "csrc", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml")
 SOURCES += ("setup.py", "README.md")
 
+needs_cxx = pytest.mark.skipif(
+    not (shutil.which("c++") and shutil.which("cmake")), reason="needs a C++ compiler and cmake"
+)
 needs_nvcc = pytest.mark.skipif(
     not (shutil.which("nvcc") and shutil.which("cmake")), reason="needs nvcc and cmake"
 )
 
 
 def run(*command, cwd, **environment):
-    """Runs this Python with arguments; variables given as None are unset."""
-    variables = {**os.environ, "NOVA_CUDA_ARCHS": "80-real", **environment}
+    """Runs this Python with arguments; variables given as None are unset.
+
+    Without the C++ extension, unless a test asks for it: it is not what most of them are about.
+    """
+    variables = {**os.environ, "NOVA_CUDA_ARCHS": "80-real", "NOVA_CPP": "0", **environment}
     variables = {name: value for name, value in variables.items() if value is not None}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -69,11 +75,11 @@ def build_info_of(wheel, folder):
 
 
 @pytest.fixture
-def no_nvcc(tmp_path):
-    """Environment variables under which no nvcc can be found."""
+def no_compiler(tmp_path):
+    """Environment variables under which no compiler can be found."""
     empty = tmp_path / "empty-path"
     empty.mkdir()
-    return {"PATH": str(empty), "CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None}
+    return {"PATH": str(empty), "CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None, "CXX": None}
 
 
 @pytest.fixture
@@ -111,17 +117,18 @@ def test_importing_nova_kernels_imports_neither_torch_nor_triton():
     assert process.stdout.strip() == "[]"
 
 
-def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_nvcc):
+def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_compiler):
     # A binary of this machine must go into neither.
     (checkout / "nova_kernels" / "_cuda.leftover.so").write_bytes(b"")
     build_sdist = ("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path / "dist")
-    process = run(*build_sdist, cwd=checkout, **no_nvcc)
+    process = run(*build_sdist, cwd=checkout, **no_compiler)
     assert process.returncode == 0, process.stdout
     (sdist,) = (tmp_path / "dist").glob("nova_kernels-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     shutil.unpack_archive(sdist, tmp_path / "unpacked")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    sources = {str(path.relative_to(ROOT)) for path in files}
     modules = {
         str(path.relative_to(checkout))
         for package in PACKAGES
@@ -131,7 +138,7 @@ def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_nvcc):
     assert not [name for name in names if name.endswith(".so")]
 
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    process, wheel = build_wheel(unpacked, tmp_path, NOVA_CUDA="0", **no_nvcc)
+    process, wheel = build_wheel(unpacked, tmp_path, NOVA_CUDA="0", **no_compiler)
     assert process.returncode == 0, process.stdout
     assert "built without the CUDA extension: NOVA_CUDA=0" in process.stdout
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -141,18 +148,27 @@ def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_nvcc):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_auto_without_nvcc_is_pure_python(checkout, tmp_path, no_nvcc):
-    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="auto", **no_nvcc)
+def test_auto_without_compilers_is_pure_python(checkout, tmp_path, no_compiler):
+    modes = {"NOVA_CUDA": "auto", "NOVA_CPP": "auto"}
+    process, wheel = build_wheel(checkout, tmp_path, **modes, **no_compiler)
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("built without the CUDA extension: no nvcc in") == 1
+    assert process.stdout.count("built without the C++ extension: no C++ compiler in") == 1
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "'cuda_extension': False, 'error': 'not built" in build_info_of(wheel, tmp_path / "new")
 
 
-def test_strict_without_nvcc_fails_and_says_why(checkout, tmp_path, no_nvcc):
-    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1", **no_nvcc)
+def test_strict_without_nvcc_fails_and_says_why(checkout, tmp_path, no_compiler):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1", **no_compiler)
     assert process.returncode != 0 and wheel is None
     assert "NOVA_CUDA=1, but the CUDA extension failed: no nvcc in CUDACXX" in process.stdout
+
+
+def test_strict_without_a_cpp_compiler_fails_and_says_why(checkout, tmp_path, no_compiler):
+    modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1"}
+    process, wheel = build_wheel(checkout, tmp_path, **modes, **no_compiler)
+    assert process.returncode != 0 and wheel is None
+    assert "NOVA_CPP=1, but the C++ extension failed: no C++ compiler in CXX" in process.stdout
 
 
 def test_unknown_mode_is_refused(checkout, tmp_path):
@@ -175,6 +191,26 @@ def test_broken_nvcc(checkout, tmp_path, mode):
         assert process.returncode == 0, process.stdout
         assert process.stdout.count("WARNING: installing without the CUDA extension") == 1
         assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@needs_cxx
+def test_cpp_wheel_without_nvcc(checkout, tmp_path):
+    """The extension for CPUs needs a C++ compiler alone, and works in a new environment."""
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="0", NOVA_CPP="1")
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("built the C++ extension") == 1
+    assert not wheel.name.endswith("-py3-none-any.whl")
+    printed = build_info_of(wheel, tmp_path / "new")
+    assert "'cpp_extension': True, 'cpp_error': None" in printed and "'baseline']" in printed
+
+
+@needs_cxx
+def test_broken_cpp_source(checkout, tmp_path):
+    (checkout / "csrc" / "cpp" / "kernels.cpp").write_text("#error broken on purpose\n")
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="0", NOVA_CPP="auto")
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("WARNING: installing without the C++ extension") == 1
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 @needs_nvcc

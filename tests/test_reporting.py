@@ -21,10 +21,10 @@ def no_bfloat16(monkeypatch):
 @needs_triton
 def test_report_finds_all_ops_right(no_bfloat16):
     entries = nova_kernels.report(DEVICE)
-    assert {entry.backend for entry in entries} == {"reference", "triton", "cuda"}
+    assert {entry.backend for entry in entries} == {"reference", "triton", "cuda", "cpp"}
     assert len({entry.op for entry in entries}) == 7
     for entry in entries:
-        assert entry.obstacle is None or entry.backend == "cuda", entry
+        assert entry.obstacle is None or entry.backend in ("cuda", "cpp"), entry
         assert entry.is_right and bool(entry.errors) == (entry.obstacle is None), entry
         assert entry.verified or not entry.default, entry
 

@@ -18,26 +18,27 @@ from nova_kernels.cuda_kernels.denoise_plan import (
 from nova_kernels.cuda_kernels.denoise_plan import obstacle as obstacle_of_shape
 from nova_kernels.cuda_kernels.extension import dtype_of, extension, stream_of
 from nova_kernels.errors import BackendError
-from nova_kernels.ops.denoise import HeadWeights, Linear
+from nova_kernels.ops.denoise import HeadWeights, Linear, Outside
 from nova_kernels.ops.diffusion_step import StepCoefficients
 
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16
 
 
-def obstacle(x: Tensor, condition: Tensor, weights: HeadWeights, noisy_outside: bool) -> str | None:
-    """Why the kernel cannot run on these tensors; None if it can.
-
-    Args:
-        noisy_outside: whether tokens outside of the set get noise, which only a sequence of
-            launches follows.
-    """
+def obstacle(
+    x: Tensor,
+    condition: Tensor,
+    weights: HeadWeights,
+    steps: Sequence[StepCoefficients],
+    outside: Outside | None,
+) -> str | None:
+    """Why the kernel cannot run a call of `nova_kernels.denoise`; None if it can."""
     shape = shape_of(x, condition, weights)
     tensors = [x, condition, *weights.tensors()]
     if {t.dtype for t in tensors} - {x.dtype} or x.dtype not in DTYPES:
         names = sorted({str(t.dtype) for t in tensors})
         return f"it takes float16 or bfloat16, the same for tokens and weights, got {names}"
-    if noisy_outside:
+    if outside is not None and outside.noise is not None:
         return "renormalised guidance with noise outside of the set needs a sequence of launches"
     return obstacle_of_shape(shape)
 

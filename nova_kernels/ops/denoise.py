@@ -14,11 +14,14 @@ matrix product over all steps; what is left in the loop is a third of the MLP's 
 
 The reference and Triton are a sequence of launches: `scale_shift`, `residual_norm` and
 `diffusion_step` in the backend asked for, and matrix products of torch. In CUDA all steps are one
-launch (docs/denoise.md).
+launch (docs/denoise.md); in C++, for CPUs, they are one call.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +31,7 @@ from nova_kernels.ops.diffusion_step import StepCoefficients, diffusion_step
 from nova_kernels.ops.residual_norm import residual_norm
 from nova_kernels.ops.scale_shift import scale_shift
 
-OP = Op("denoise", implementations=("cuda", "triton"))
+OP = Op("denoise", implementations=("cuda", "triton", "cpp"), verified=frozenset({"cpp"}))
 ADA_NORM_EPS = 1e-6
 NORM_EPS = 1e-5
 # Modulation vectors are made for as many steps at once as fit this many bytes.
@@ -68,6 +71,15 @@ class HeadWeights:
     @property
     def width(self) -> int:
         return self.embed[0].shape[0]
+
+    @cached_property
+    def packed(self) -> dict[str, Any]:
+        """The weights as the C++ kernel reads them, made at its first call (`renew` forgets it)."""
+        return OP.module("cpp").pack(self)
+
+    def renew(self) -> None:
+        """To be called where weights were changed in place."""
+        self.__dict__.pop("packed", None)
 
     def tensors(self) -> list[Tensor]:
         """All weights and biases, always in one order."""
@@ -124,8 +136,9 @@ def denoise(
             pass alone, without guidance. None: all.
         noise: (len(steps), batch, tokens, token_dim), where steps add noise.
         outside: for renormalised guidance; None: nothing counts but x.
-        backend: see `nova_kernels.dispatch`. "cuda" is one launch for sizes that it takes
-            (`cuda_kernels.denoise.obstacle`), else a sequence, in CUDA as far as that goes.
+        backend: see `nova_kernels.dispatch`. "cuda" is one launch for what it takes
+            (`cuda_kernels.denoise.obstacle`), else a sequence, in CUDA as far as that goes; "cpp"
+            is one call for what it takes (`cpp_kernels.denoise.obstacle`), else the reference.
 
     Returns:
         (batch, tokens, token_dim).
@@ -135,13 +148,14 @@ def denoise(
         BackendError: the backend cannot run on these tensors.
     """
     _check(x, condition, time_embeddings, weights, steps, noise)
-    in_one_launch = OP.choose(backend, x, condition) == "cuda"
-    if in_one_launch:
-        noisy_outside = outside is not None and outside.noise is not None
-        in_one_launch = OP.module("cuda").obstacle(x, condition, weights, noisy_outside) is None
+    whole_loop = _whole_loop(
+        OP.choose(backend, x, condition), x, condition, weights, steps, outside
+    )
     rows_backend = step_backend = requested(backend)
     if rows_backend == "cuda":
         step_backend = "triton"  # which has no launch of its own in CUDA
+    elif rows_backend == "cpp":
+        rows_backend = step_backend = "reference"
     passes = condition.shape[0]
     guided_steps = len(steps) if guided_steps is None or passes == 1 else guided_steps
     evolving = None if outside is None else _Evolving(outside, steps)
@@ -150,8 +164,8 @@ def denoise(
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             vectors = modulate(weights, condition[:count], time_embeddings[first:last])
-            if in_one_launch:
-                x = OP.module("cuda").run(
+            if whole_loop is not None:
+                x = whole_loop.run(
                     x,
                     vectors,
                     weights,
@@ -175,6 +189,21 @@ def denoise(
                 if evolving is not None and count > 1:
                     evolving.step(d, factor)
     return x
+
+
+def _whole_loop(
+    chosen: str,
+    x: Tensor,
+    condition: Tensor,
+    weights: HeadWeights,
+    steps: Sequence[StepCoefficients],
+    outside: Outside | None,
+) -> ModuleType | None:
+    """The module whose `run` takes all steps at once; None for a sequence of launches."""
+    if chosen not in ("cuda", "cpp"):
+        return None
+    module = OP.module(chosen)
+    return None if module.obstacle(x, condition, weights, steps, outside) else module
 
 
 def _steps_at_once(weights: HeadWeights, condition: Tensor) -> int:

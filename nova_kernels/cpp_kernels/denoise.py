@@ -1,0 +1,113 @@
+"""All steps of the denoise loop in one call on a CPU (csrc/cpp/denoise.h)."""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nova_kernels.cpp_kernels.extension import extension
+from nova_kernels.cpp_kernels.openmp import openmp_parallel
+from nova_kernels.ops.denoise import HeadWeights, Linear, Outside
+from nova_kernels.ops.diffusion_step import StepCoefficients
+
+
+def obstacle(
+    x: Tensor,
+    condition: Tensor,
+    weights: HeadWeights,
+    steps: Sequence[StepCoefficients],
+    outside: Outside | None,
+) -> str | None:
+    """Why the kernel cannot run a call of `nova_kernels.denoise`; None if it can."""
+    dtypes = sorted({str(t.dtype) for t in (x, condition, *weights.tensors())})
+    if dtypes != ["torch.float32"]:
+        return f"it takes float32, got {dtypes}"
+    if any(step.renorm < 1 for step in steps):
+        return "renormalised guidance needs a sequence of calls"
+    return None
+
+
+def pack(weights: HeadWeights, kernel: int = 0) -> dict[str, Any]:
+    """The weights in panels of neighbouring outputs, as a kernel of the extension reads them."""
+    _, panel = extension().kernels()[kernel]
+    return {
+        "embed": _pack_linear(weights.embed, panel),
+        "head": _pack_linear(weights.head, panel),
+        "blocks": [
+            {
+                "fc1": _pack_linear(block.fc1, panel),
+                "fc2": _pack_linear(block.fc2, panel),
+                "norm": tuple(tensor.contiguous() for tensor in block.norm),
+            }
+            for block in weights.blocks
+        ],
+    }
+
+
+def _pack_linear(linear: Linear, panel: int) -> Linear:
+    """(outputs, inputs) -> (outputs / panel, inputs, panel), with zeros up to whole panels."""
+    weight, bias = linear
+    missing = -len(bias) % panel
+    panels = F.pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).transpose(1, 2)
+    return panels.contiguous(), F.pad(bias, (0, missing)).contiguous()
+
+
+def run(
+    x: Tensor,
+    modulations: Sequence[Tensor],
+    weights: HeadWeights,
+    steps: Sequence[StepCoefficients],
+    noise: Tensor | None = None,
+    outside: Tensor | None = None,
+    kernel: int = 0,
+) -> Tensor:
+    """Tokens after some steps, all with the same number of passes.
+
+    Args:
+        x: (batch, tokens, token_dim) float32.
+        modulations: of each block (len(steps), passes, batch, tokens, 3 * width): 1 + scale, shift,
+            gate; then (..., 2 * width) of the head.
+        weights: of the MLP.
+        noise: (len(steps), batch, tokens, token_dim), where steps add noise.
+        outside: must be None or without effect, see `obstacle`.
+        kernel: index in `extension().kernels()`; 0 is the best that this CPU runs.
+
+    Raises:
+        BackendError: there is no extension.
+    """
+    module = extension()
+    packed = weights.packed if kernel == 0 else pack(weights, kernel)
+    *block_modulations, head_modulation = [tensor.contiguous() for tensor in modulations]
+    noise = None if noise is None else noise.contiguous()
+    # A copy, which the kernel changes.
+    x = x.clone(memory_format=torch.contiguous_format)
+    batch, tokens, token_dim = x.shape
+    arguments = {
+        "tokens": batch * tokens,
+        "passes": head_modulation.shape[1],
+        "width": weights.width,
+        "token_dim": token_dim,
+        "steps": [astuple(step) for step in steps],
+        "embed": _addresses(packed["embed"]),
+        "head": _addresses(packed["head"]),
+        "blocks": [
+            {
+                **{name: _addresses(linear) for name, linear in block.items()},
+                "modulation": modulation.data_ptr(),
+            }
+            for block, modulation in zip(packed["blocks"], block_modulations, strict=True)
+        ],
+        "head_modulation": head_modulation.data_ptr(),
+        "noise": 0 if noise is None else noise.data_ptr(),
+        "x": x.data_ptr(),
+    }
+    module.denoise(arguments, kernel, torch.get_num_threads(), openmp_parallel())
+    return x
+
+
+def _addresses(tensors: Linear) -> tuple[int, int]:
+    weight, bias = tensors
+    return weight.data_ptr(), bias.data_ptr()

@@ -1,0 +1,158 @@
+"""The denoise loop in C++ (csrc/cpp), in every instruction set that this CPU has."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_denoise import inputs, numbers, run
+
+from nova.config import named_config
+from nova.model import NOVATransformer
+from nova_kernels import BackendError, Outside
+from nova_kernels.cpp_kernels import denoise as cpp
+from nova_kernels.cpp_kernels import extension
+from nova_kernels.ops import denoise as op
+from nova_kernels.ops.denoise import modulate, with_unit_scale
+
+pytestmark = pytest.mark.skipif(
+    extension.obstacle() is not None, reason="the C++ extension is not built"
+)
+KERNELS = [] if extension.obstacle() else [name for name, _ in extension.extension().kernels()]
+
+
+def double(value):
+    """Tensors in float64, in whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: double(field) for name, field in fields.items()})
+    return tuple(double(item) for item in value)
+
+
+def assert_as_exact(case, steps, kernel=0, **options):
+    """The error against float64 is at most twice that of the reference, and a little."""
+    expected = run(*double(case), steps, **{k: double(v) for k, v in options.items()})
+    plain = run(*case, steps, backend="reference", **options)
+    x, condition, times, weights = case
+    modulations = tuple(with_unit_scale(*linear) for linear in weights.modulations)
+    prepared = dataclasses.replace(weights, modulations=modulations)
+    with torch.no_grad():
+        vectors = modulate(prepared, condition, times)
+        result = cpp.run(x, vectors, prepared, steps, options.get("noise"), kernel=kernel)
+    norm = expected.norm()
+    allowed = 2 * (plain - expected).norm() / norm + 1e-6
+    assert (result - expected).norm() / norm <= allowed
+
+
+@pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "depth", "width"),
+    [((1, 1), 1, 16), ((2, 3), 2, 48), ((1, 7), 3, 100), ((3, 13), 1, 33), ((2, 40), 2, 192)],
+)
+def test_every_instruction_set_gives_the_references_tokens(kernel, passes, shape, depth, width):
+    case = inputs(shape, passes, steps=3, depth=depth, width=width)
+    steps = numbers(3, guidance=4.0, image_guidance=1.5, noise=0.1)
+    noise = torch.randn(3, *case[0].shape, generator=torch.Generator().manual_seed(5))
+    assert_as_exact(case, steps, kernel, noise=noise)
+
+
+@pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
+@pytest.mark.parametrize("magnitude", [1e-30, 30.0, 1e4])
+def test_large_and_small_inputs(kernel, magnitude):
+    x, condition, times, weights = inputs((1, 3), passes=2, steps=2)
+    assert_as_exact((x, condition * magnitude, times, weights), numbers(2, guidance=2.0), kernel)
+
+
+@pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
+def test_nan_stays_in_its_token(kernel):
+    x, condition, times, weights = inputs((1, 5), passes=2, steps=2)
+    steps = numbers(2, guidance=2.0)
+    with torch.no_grad():
+        vectors = modulate(weights, condition, times)
+        clean = cpp.run(x, vectors, weights, steps, kernel=kernel)
+        x[0, 2, 0] = float("nan")
+        result = cpp.run(x, vectors, weights, steps, kernel=kernel)
+    assert result[0, 2].isnan().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(result[0, others], clean[0, others])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads):
+    case = inputs((1, 4), passes=2, steps=3)
+    before = torch.get_num_threads()
+    expected = run(*case, numbers(3, guidance=3.0), backend="cpp")
+    try:
+        torch.set_num_threads(threads)
+        result = run(*case, numbers(3, guidance=3.0), backend="cpp")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_of_its_own_where_torch_has_no_openmp(monkeypatch):
+    case = inputs((2, 4), passes=2, steps=3)
+    expected = run(*case, numbers(3, guidance=3.0), backend="cpp")
+    monkeypatch.setattr(cpp, "openmp_parallel", lambda: 0)
+    assert torch.equal(run(*case, numbers(3, guidance=3.0), backend="cpp"), expected)
+
+
+def test_inputs_of_any_layout_and_steps_without_guidance():
+    x, condition, times, weights = inputs((2, 6), passes=2, steps=4)
+    steps = numbers(4, guidance=3.0)
+    expected = run(x, condition, times, weights, steps, backend="reference", guided_steps=3)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    before = turned.clone()
+    result = run(turned, condition, times, weights, steps, backend="cpp", guided_steps=3)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(turned, before)
+
+
+def test_it_runs_by_default_on_a_cpu(monkeypatch):
+    calls = []
+    run_cpp = cpp.run
+    monkeypatch.setattr(cpp, "run", lambda *a, **k: calls.append(1) or run_cpp(*a, **k))
+    case = inputs((1, 4), passes=2, steps=3)
+    run(*case, numbers(3, guidance=3.0))
+    assert calls == [1]
+    run(*case, numbers(3, guidance=3.0), backend="reference")
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_run_in_the_reference(dtype):
+    case = inputs((1, 4), passes=2, steps=2, dtype=dtype)
+    expected = run(*case, numbers(2, guidance=3.0), backend="reference")
+    assert torch.equal(run(*case, numbers(2, guidance=3.0), backend="cpp"), expected)
+
+
+def test_renormalised_guidance_runs_in_the_reference():
+    case = inputs((2, 4), passes=2, steps=2)
+    steps = numbers(2, guidance=3.0, renorm=0.5)
+    outside = Outside(torch.ones(2, 3, case[0].shape[-1]))
+    expected = run(*case, steps, backend="reference", outside=outside)
+    assert torch.equal(run(*case, steps, backend="cpp", outside=outside), expected)
+
+
+def test_without_the_extension_the_reference_runs_and_a_name_raises(monkeypatch):
+    monkeypatch.setattr(extension, "obstacle", lambda: "it is not there")
+    case = inputs((1, 4), passes=2, steps=2)
+    expected = run(*case, numbers(2), backend="reference")
+    assert torch.equal(run(*case, numbers(2)), expected)
+    with pytest.raises(BackendError, match="denoise: backend 'cpp' cannot run: it is not there"):
+        run(*case, numbers(2), backend="cpp")
+    assert op.OP.choose("auto", case[0]) == "reference"
+
+
+def test_a_models_backend():
+    model = NOVATransformer(named_config("tiny-video"))
+    model.set_backend("cpp")
+    head = model.image_decoder
+    assert head.backend == "cpp" and head.blocks[0].backend == "reference"
+    assert model.image_encoder.blocks[0].backend == "reference"
+    # What is no loop runs all the same.
+    dim = model.mask_embed.bos_token.shape[-1]
+    tokens = torch.randn(1, 2, model.config.token_dim)
+    assert head(tokens, torch.tensor(3.0), torch.randn(1, 2, dim)).isfinite().all()
