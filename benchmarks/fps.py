@@ -1,222 +1,127 @@
-"""Frames per second: the plain sampler against the exact one, same weights, same noise, one run.
-On a GPU also the exact one from CUDA graphs, which its first run records.
+"""Frames per second of all samplers: same weights, same noise, one run.
 
     python benchmarks/fps.py
-    python benchmarks/fps.py --geometry small-video --batch 1 4 --json fps.json
+    python benchmarks/fps.py --geometry small-video --batch 1 4 --json fps.json --plot fps.png
+    python benchmarks/fps.py --steps 128 --diffusion-steps 100      # the slower, better preset
+    python benchmarks/fps.py --model shapes                         # a checkpoint's weights
 
-Plain is the sampling loops as the paper states them (nova/plain_sampling.py). Times are of sampling
-alone: no text encoder, no VAE. On a CPU the released 0.6B geometry runs only the first sets of one
-frame; its frames per second then count those sets as their share of a whole video's sets.
+Plain is the sampling loops as the paper states them (nova/plain_sampling.py), exact this package's
+(nova/sampling.py); on a GPU also plain with torch.compile, and exact from CUDA graphs. On a CPU
+released geometries, if asked for, run only the first sets of one frame; their frames per second
+count those sets as their share of a whole video's. docs/benchmarks.md describes what is measured.
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from measure import (
-    machine,
-    peak_memory_bytes,
-    relative_error,
-    reset_peak_memory,
-    timed,
-    write_rows,
-)
-from random_model import RandomModelRun
-from reference_package import ReferenceSampler, import_reference
-from rich.console import Console
-from rich.table import Table
+from card_facts import card_facts
+from ceilings import measure_ceilings
+from fps_measure import measure
+from fps_plot import plot, require_matplotlib
+from fps_samplers import make_samplers
+from fps_table import print_tables
+from fps_workloads import choose_workloads
+from measure import machine, write_rows
+from reference_package import import_reference
 
 from nova.devices import check_device
-from nova.engine import SetGraphs
 from nova.errors import NovaError
-from nova.plain_sampling import generate_frames_plain
-from nova.sampling import generate_frames
 from nova_kernels.dispatch import BACKENDS
 
-# Outputs of all samplers must agree with plain's to this relative error.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
-
-@dataclass(frozen=True)
-class Workload:
-    """What is sampled: a named geometry, latent frames T, steps A and D.
-
-    Attributes:
-        num_sets: run only so many sets of one frame; None: the whole video.
-        batches: default batch sizes.
-        repeats: timed runs of each sampler.
-    """
-
-    geometry: str
-    num_frames: int
-    num_steps: int
-    num_diffusion_steps: int
-    num_sets: int | None = None
-    batches: tuple[int, ...] = (1, 4)
-    repeats: int = 5
-
-
-CPU_WORKLOADS = (
-    Workload("small-video", num_frames=5, num_steps=16, num_diffusion_steps=25),
-    Workload(
-        "nova-d48w1024-osp480", 9, 64, num_diffusion_steps=25, num_sets=2, batches=(1,), repeats=1
-    ),
-)
-GPU_WORKLOADS = (
-    CPU_WORKLOADS[0],
-    Workload("nova-d48w1024-osp480", num_frames=9, num_steps=64, num_diffusion_steps=25),
-)
-
-
-def make_samplers(device: torch.device, against: str | None) -> dict[str, Callable]:
-    """What is measured, by name: plain loops, the exact sampler, and it from CUDA graphs.
-
-    Args:
-        against: "diffnext" adds the reference package.
-
-    Raises:
-        ImportError: that package is not there.
-    """
-    samplers: dict[str, Callable] = {"plain": generate_frames_plain, "exact": generate_frames}
-    if device.type == "cuda":
-        samplers["graphs"] = partial(generate_frames, graphs=SetGraphs())
-    if against is not None:
-        samplers[against] = ReferenceSampler()
-        samplers[f"{against}, accelerated"] = ReferenceSampler(accelerated=True)
-    return samplers
-
-
-def measure(
-    workload: Workload,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    against: str | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of all samplers for one workload and batch size; they take turns, `repeats` times."""
-    run = RandomModelRun(
-        workload.geometry,
-        batch=batch,
-        num_frames=workload.num_frames,
-        num_steps=workload.num_steps,
-        num_diffusion_steps=workload.num_diffusion_steps,
-        num_sets=workload.num_sets,
-        device=device,
-        dtype=dtype,
-        backend=backend,
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--geometry", nargs="+", help="these alone, such as small-video nova-d48w1024-osp480")
+    add("--model", help="this one alone: a checkpoint's folder or hub id, or shapes")
+    add("--batch", type=int, nargs="+", help="batch sizes; default: by geometry")
+    add("--latents", type=int, help="latent frames T")
+    add("--steps", type=int, help="autoregressive steps A of a frame")
+    add("--diffusion-steps", type=int, help="diffusion steps D")
+    add("--sets", type=int, help="run only so many sets of the first frame")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"])
+    add("--backend", default="auto", choices=BACKENDS, help="of the ops")
+    add("--compile", action=switch, help="also plain with torch.compile; default: on a GPU")
+    add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
+    add("--vae", action=switch, help="decode too, whole videos; default: on a GPU")
+    add("--stages", action=switch, default=True, help="measure stages in a run of their own")
+    add("--repeats", type=int, help="timed runs of each sampler")
+    add(
+        "--seconds",
+        type=float,
+        help="begin no third or later turn of the samplers after so many, at one batch size; "
+        "default: 120 on a GPU, 20 on a CPU, with --repeats none",
     )
-    samplers = make_samplers(device, against)
-    latencies: dict[str, list[float]] = {name: [] for name in samplers}
-    outputs, peaks = {}, {}
-    for turn in range(workload.repeats):
-        for name, sampler in samplers.items():
-            reset_peak_memory(device)
-            outputs[name], latency = timed(lambda s=sampler: run.sample(s), device)
-            latencies[name].append(latency)
-            peaks[name] = max(peaks.get(name, 0), peak_memory_bytes(device))
-            if turn == 0 and workload.repeats > 1:
-                # The first run warms up; its time does not count.
-                _, latencies[name][0] = timed(lambda s=sampler: run.sample(s), device)
-    plain = statistics.median(latencies["plain"])
-    share = run.sets_run / run.sets_of_video
-    pixel_frames = (1 + 4 * (workload.num_frames - 1)) * share
-    geometry = f"{workload.geometry} T={workload.num_frames} A={workload.num_steps}"
-    geometry += f" D={workload.num_diffusion_steps}"
-    return [
-        {
-            "sampler": name,
-            "geometry": geometry,
-            "sets_run": run.sets_run,
-            "sets_of_video": run.sets_of_video,
-            "batch": batch,
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "backend": backend,
-            "latency_s": statistics.median(times),
-            "latencies_s": times,
-            "fps": batch * pixel_frames / statistics.median(times),
-            "ratio_to_plain": plain / statistics.median(times),
-            "max_error_vs_plain": relative_error(outputs[name], outputs["plain"]),
-            "peak_memory_bytes": peaks[name],
-        }
-        for name, times in latencies.items()
-    ]
-
-
-def print_table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    title = f"Sampling on {facts['name']} ({facts['threads']} threads, torch {facts['torch']})"
-    table = Table(title=title)
-    for name in ("geometry", "sets", "batch", "sampler", "seconds", "spread"):
-        table.add_column(name)
-    for name in ("frames/s", "x plain", "error", "peak MB"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        times = row["latencies_s"]
-        table.add_row(
-            row["geometry"],
-            f"{row['sets_run']} of {row['sets_of_video']}",
-            str(row["batch"]),
-            row["sampler"],
-            f"{row['latency_s']:.2f}",
-            f"{min(times):.2f}-{max(times):.2f}",
-            f"{row['fps']:.3g}",
-            f"{row['ratio_to_plain']:.2f}",
-            f"{row['max_error_vs_plain']:.1e}",
-            f"{row['peak_memory_bytes'] / 2**20:.0f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    add("--json", type=Path, help="write the rows to this file")
+    add("--plot", type=Path, help="draw them into this file, such as fps.png")
+    return parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--geometry", help="only this one, such as small-video")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: by geometry")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of the ops")
-    parser.add_argument(
-        "--against", choices=["diffnext"], help="the reference package, where it can be imported"
-    )
-    parser.add_argument("--repeats", type=int, help="timed runs of each sampler")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser = build_parser()
     arguments = parser.parse_args()
     try:
         device = check_device(arguments.device)
+        workloads = choose_workloads(
+            device.type,
+            geometries=arguments.geometry,
+            model=arguments.model,
+            batches=arguments.batch,
+            vae=arguments.vae,
+            num_frames=arguments.latents,
+            num_steps=arguments.steps,
+            num_diffusion_steps=arguments.diffusion_steps,
+            num_sets=arguments.sets,
+            repeats=arguments.repeats,
+        )
+        if arguments.plot:
+            require_matplotlib()
         if arguments.against is not None:
             import_reference()
     except NovaError as error:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"--against diffnext: {error}; see benchmarks/reference_package.py")
-    default_dtype = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, arguments.dtype or default_dtype)
-    workloads = GPU_WORKLOADS if device.type == "cuda" else CPU_WORKLOADS
-    if arguments.geometry is not None:
-        workloads = tuple(w for w in workloads if w.geometry == arguments.geometry)
-        if not workloads:
-            parser.error(f"no workload for {arguments.geometry!r}")
-    facts = machine(device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    seconds = arguments.seconds
+    if seconds is None and arguments.repeats is None:
+        seconds = 120.0 if on_gpu else 20.0
+    ceilings = measure_ceilings(device, dtype)
+    # Right after the products, so that clocks are those of work.
+    facts = machine(device) | card_facts(device) | ceilings.facts()
     rows = []
     for workload in workloads:
-        if arguments.repeats is not None:
-            workload = Workload(**{**vars(workload), "repeats": arguments.repeats})
-        for batch in arguments.batch or workload.batches:
+        for batch in workload.batches:
             print(f"sampling {workload.geometry}, batch {batch} ...", file=sys.stderr, flush=True)
-            rows += measure(workload, batch, device, dtype, arguments.backend, arguments.against)
-    print_table(rows, facts)
-    if arguments.json:
-        write_rows(arguments.json, "fps.py", facts, rows)
-    wrong = [row for row in rows if not row["max_error_vs_plain"] <= TOLERANCES[dtype]]
-    for row in wrong:
-        print(f"{row['sampler']} differs from plain: {row}", file=sys.stderr)
-    return 1 if wrong else 0
+            samplers = make_samplers(
+                device,
+                compiled=on_gpu if arguments.compile is None else arguments.compile,
+                against=arguments.against,
+            )
+            try:
+                rows += measure(
+                    workload,
+                    batch,
+                    samplers,
+                    ceilings,
+                    device=device,
+                    dtype=dtype,
+                    backend=arguments.backend,
+                    stages=arguments.stages,
+                    seconds=seconds,
+                )
+            except NovaError as error:
+                parser.error(str(error))
+            if arguments.json:  # what there is, in case that a later one does not end well
+                write_rows(arguments.json, "fps.py", facts, rows)
+    print_tables(rows, facts)
+    if arguments.plot:
+        plot(arguments.plot, rows, f"Sampling on {facts['name']}, torch {facts['torch']}")
+    return 1 if any(row.get("refused", "").startswith("wrong") for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -13,40 +13,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from ceilings import CARDS, Ceilings
 from torch import Tensor, nn
+from work_counts import Work, sampling_work
 
 from nova.config import ModelConfig, named_config
-from nova.schedule import set_sizes
+from nova.guidance import Guidance
+from nova.schedule import FlowMatchConfig, set_sizes
 from nova.vae import CausalVideoVAE, VAEConfig
 from nova.vae.layers import Attention
 
 GEOMETRY = "nova-d48w1024-osp480"
-NUM_FRAMES, NUM_STEPS, PASSES = 9, 64, 2  # latent frames of 33, A, and guidance
+NUM_FRAMES, NUM_STEPS, NUM_DIFFUSION_STEPS = 9, 64, 25  # latent frames of 33, A, D
+PASSES = 2  # guidance
 BYTES = 2  # of a bfloat16 value
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card. Nothing here was measured by this package.
-
-    Attributes:
-        bandwidth: bytes a second, of the data sheet.
-        rate: bfloat16 operations a second that good libraries are taken to reach.
-        floor: seconds that the products of sampling one video (1.52e15 operations) take at this
-            rate.
-    """
-
-    name: str
-    bandwidth: float
-    rate: float
-    floor: float
-
-
-# The A100 of 40 GB, on which the model's authors measured; the one of 80 GB has 2.039 TB/s.
-CARDS = (
-    Card("A100 40 GB", 1.555e12, 271e12, 5.6),
-    Card("H200", 4.8e12, 790e12, 1.9),
-)
 
 
 @dataclass(frozen=True)
@@ -66,8 +46,8 @@ class Fusion:
     def bytes_fused(self) -> int:
         return self.values * self.passes_fused * BYTES
 
-    def seconds_saved(self, card: Card) -> float:
-        return (self.bytes_now - self.bytes_fused) / card.bandwidth
+    def seconds_saved(self, ceilings: Ceilings) -> float:
+        return (self.bytes_now - self.bytes_fused) / ceilings.bandwidth
 
 
 def mlp_rows(config: ModelConfig, num_frames: int, num_steps: int, passes: int) -> int:
@@ -133,32 +113,47 @@ def fusions() -> list[Fusion]:
     ]
 
 
-def break_even(product_operations: float, saved_bytes: float, card: Card) -> float:
+def sampled_video() -> dict[str, Work]:
+    """Work of sampling that video."""
+    config = named_config(GEOMETRY)
+    return sampling_work(
+        config,
+        batch=1,
+        num_frames=NUM_FRAMES,
+        set_sizes=set_sizes(config.num_image_tokens, NUM_STEPS),
+        schedule=FlowMatchConfig().schedule(NUM_DIFFUSION_STEPS),
+        guidance=Guidance(scale=5.0),
+        dtype=torch.bfloat16,
+    )
+
+
+def break_even(product_operations: float, saved_bytes: float, ceilings: Ceilings) -> float:
     """Share of the library's rate at which a product of our own that saves these bytes pays."""
-    by_library = product_operations / card.rate
-    return by_library / (by_library + saved_bytes / card.bandwidth)
+    by_library = product_operations / ceilings.rate
+    return by_library / (by_library + saved_bytes / ceilings.bandwidth)
 
 
 def report() -> list[str]:
     """The lines that are printed: a table in Markdown, and sentences."""
     header = ["fusion", "moves now", "fused", *(f"saves on {card.name}" for card in CARDS)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    weighed = fusions()
+    weighed, sampling = fusions(), sampled_video().values()
     for fusion in weighed:
         cells = [
             fusion.name,
             *(f"{n / 1e9:.0f} GB" for n in (fusion.bytes_now, fusion.bytes_fused)),
         ]
         for card in CARDS:
-            saved = fusion.seconds_saved(card)
-            cells.append(f"{saved:.2f} s, {100 * saved / card.floor:.1f} % of {card.floor} s")
+            saved = fusion.seconds_saved(card.ceilings)
+            floor = card.ceilings.floor_seconds(sampling)
+            cells.append(f"{saved:.2f} s, {100 * saved / floor:.1f} % of {floor:.1f} s")
         lines.append(f"| {' | '.join(cells)} |")
 
     config, inside = named_config(GEOMETRY), weighed[1]
     width = config.image_encoder.embed_dim
     rates = []
     for card in CARDS:
-        share = break_even(2 * width * inside.values, inside.bytes_now, card)
+        share = break_even(2 * width * inside.values, inside.bytes_now, card.ceilings)
         rates.append(f"{100 * share:.0f} % ({card.name})")
     tokens = PASSES * (config.num_frame_tokens + config.num_image_tokens)
     return [

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from attention_peers import flash_attn_version
+from ceilings import Ceilings, measure_ceilings
 from compile_report import compile_rows, faults, print_compile_table
 from kernel_cases import KernelCase, kernel_cases
 from measure import machine, relative_error, write_rows
@@ -135,16 +136,6 @@ def make_inputs(
     return inputs
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second of a copy, and operations a second of a matrix product, on this card."""
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, device=device, dtype=dtype)
-    copy = milliseconds(lambda: target.copy_(source))
-    product = milliseconds(lambda: a @ a)
-    return 2 * source.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
-
-
 def milliseconds(call: Any) -> float:
     """Median time of a call on the GPU, caches flushed before each."""
     from triton.testing import do_bench
@@ -153,7 +144,7 @@ def milliseconds(call: Any) -> float:
 
 
 def measure(
-    case: KernelCase, device: torch.device, dtype: torch.dtype, limits: tuple[float, float]
+    case: KernelCase, device: torch.device, dtype: torch.dtype, limits: Ceilings
 ) -> list[dict[str, Any]]:
     """Rows of all implementations of a case that are right."""
     calls = implementations(case)
@@ -164,7 +155,7 @@ def measure(
     ]
     for direction in directions(case):
         moved, operations = costs(case, direction, dtype)
-        floor = 1e3 * max(moved / limits[0], operations / limits[1])
+        floor = 1e3 * max(moved / limits.bandwidth, operations / limits.rate)
         for name, call in calls.items():
             if name in refused:
                 continue
@@ -237,9 +228,9 @@ def main() -> int:
         print_compile_table(rows)
         failed = any(faults(row) for row in rows)
     elif on_gpu:
-        limits = ceilings(device, dtype)
+        limits = measure_ceilings(device, dtype)
         rows = [row for case in cases for row in measure(case, device, dtype, limits)]
-        facts |= {"copy_GB_per_s": limits[0] / 1e9, "matmul_TFLOP_per_s": limits[1] / 1e12}
+        facts |= limits.facts()
         facts["flash_attn"] = flash_attn_version()
         print_times(rows, facts)
         failed = any(row.get("refused", "").startswith("wrong") for row in rows)

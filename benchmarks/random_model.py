@@ -1,12 +1,16 @@
-"""Sampling runs of a named geometry with random weights and prompts, for measurements."""
+"""Sampling runs of a geometry with random weights and prompts, or a checkpoint's weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from work_counts import Work, sampling_work
 
 from nova.conditioning import Conditioning
 from nova.config import named_config
+from nova.errors import InputError
+from nova.folders import load_parts
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.noise import NoiseSource
@@ -22,10 +26,16 @@ class RandomModelRun:
         num_frames, num_steps, num_diffusion_steps: T, A and D.
         num_sets: run only so many sets of the first frame; None: the whole video.
         backend: of the ops, see `nova_kernels.dispatch`.
+        checkpoint: a folder whose transformer and scheduler are taken in place of random weights;
+            `geometry` does not matter then. Prompts are random all the same.
 
     Attributes:
+        config: of the model.
         sets_of_video: non-empty sets of a whole video.
         sets_run: sets that `sample` runs.
+
+    Raises:
+        InputError: the model takes no text.
     """
 
     def __init__(
@@ -40,14 +50,23 @@ class RandomModelRun:
         dtype: torch.dtype,
         num_sets: int | None = None,
         backend: str = "auto",
+        checkpoint: Path | None = None,
     ):
-        config = named_config(geometry)
         torch.manual_seed(0)
-        with device:
-            self._model = NOVATransformer(config).to(dtype).eval().requires_grad_(False)
+        if checkpoint is not None:
+            model, scheduler, *_ = load_parts(checkpoint, dtype, vae=None, text_encoder=None)
+            model.to(device)
+        else:
+            scheduler = FlowMatchConfig()
+            with device:
+                model = NOVATransformer(named_config(geometry)).to(dtype)
+        self._model = model.eval().requires_grad_(False)
         self._model.set_backend(backend)
+        self.config = config = model.config
+        if not config.text_token_dim:
+            raise InputError(f"{geometry} takes class labels; choose a model that takes text")
         self._guidance = Guidance(scale=5.0)
-        self._schedule = FlowMatchConfig().schedule(num_diffusion_steps)
+        self._schedule = scheduler.schedule(num_diffusion_steps)
         prompts = torch.randn(batch, config.text_token_len, config.text_token_dim)
         with torch.no_grad():
             self._conditioning = Conditioning.from_text(
@@ -60,12 +79,19 @@ class RandomModelRun:
         self._num_frames, self._set_sizes = num_frames, sizes
         self.sets_run = len(sizes) * num_frames
 
-    def sample(self, sampler: Callable = generate_frames) -> Tensor:
-        """Latents (batch, channels, frames, h, w); the noise comes from seed 0 on the device."""
+    def sample(
+        self, sampler: Callable = generate_frames, on_frame: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Latents (batch, channels, frames, h, w); the noise comes from seed 0 on the device.
+
+        Args:
+            on_frame: called when a frame has come, which a GPU may still be working on.
+        """
         model = self._model
         generator = torch.Generator(model.device).manual_seed(0)
         batch = self._conditioning.batch_size
-        frames = sampler(
+        frames = []
+        for frame in sampler(
             model,
             self._conditioning,
             num_frames=self._num_frames,
@@ -73,5 +99,19 @@ class RandomModelRun:
             schedule=self._schedule,
             guidance=self._guidance,
             noise=NoiseSource(generator, batch, dtype=model.dtype, device=model.device),
+        ):
+            on_frame()
+            frames.append(frame)
+        return torch.stack(frames, dim=2)
+
+    def work(self) -> dict[str, Work]:
+        """What `sample` takes by stage, with the exact sampler; see `work_counts`."""
+        return sampling_work(
+            self.config,
+            batch=self._conditioning.batch_size,
+            num_frames=self._num_frames,
+            set_sizes=self._set_sizes,
+            schedule=self._schedule,
+            guidance=self._guidance,
+            dtype=self._model.dtype,
         )
-        return torch.stack(list(frames), dim=2)

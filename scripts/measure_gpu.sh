@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything to do on a machine with a GPU, in one call: build, tests, then figures.
-#   sh scripts/measure_gpu.sh FOLDER    # JSON files and logs go there; copy the JSON files to
-#                                       # benchmarks/results once they are right
+#   sh scripts/measure_gpu.sh FOLDER    # JSON files, plots and logs go there; copy the JSON files
+#                                       # to benchmarks/results once they are right
 # PYTHON (python3) must have torch with CUDA, and is installed into. What fails is said at the end;
 # the rest is run all the same.
 out=${1:?name a folder for the results}
@@ -26,7 +26,9 @@ step op_tests "$python" -m pytest -q tests/test_scale_shift.py tests/test_residu
 step gpu_tests "$python" -m pytest -q tests -m gpu
 step kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
-step fps "$python" benchmarks/fps.py --json "$out/fps.json"
-step fps_triton "$python" benchmarks/fps.py --backend triton --json "$out/fps_triton.json"
-step fps_cuda "$python" benchmarks/fps.py --backend cuda --json "$out/fps_cuda.json"
+step roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
+for backend in auto triton cuda; do
+    step "fps_$backend" "$python" benchmarks/fps.py --backend "$backend" \
+        --json "$out/fps_$backend.json" --plot "$out/fps_$backend.png"
+done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_costs import Card, Fusion, break_even, mlp_rows, mlp_values, norm_silu_values, report
+from ceilings import Ceilings
+from fusion_costs import Fusion, break_even, mlp_rows, mlp_values, norm_silu_values, report
 from random_model import RandomModelRun
 
 from nova.config import named_config
@@ -61,12 +62,12 @@ def test_norm_silu_values_by_hand():
 
 
 def test_seconds_and_break_even_by_hand():
-    card = Card("a card", bandwidth=4000.0, rate=1000.0, floor=10.0)
+    ceilings = Ceilings(rate=1000.0, bandwidth=4000.0)
     fusion = Fusion("five passes to three", values=1000, passes_now=5, passes_fused=3)
     assert (fusion.bytes_now, fusion.bytes_fused) == (10_000, 6_000)
-    assert fusion.seconds_saved(card) == 1.0
+    assert fusion.seconds_saved(ceilings) == 1.0
     # The library's product takes 3 s, and 1 s is saved: ours may take 4 s.
-    assert break_even(3000, 4000, card) == pytest.approx(0.75)
+    assert break_even(3000, 4000, ceilings) == pytest.approx(0.75)
 
 
 def test_the_docs_have_what_is_printed():

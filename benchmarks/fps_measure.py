@@ -1,0 +1,234 @@
+"""Runs of the samplers of one workload: first held against the plain one, then timed."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ceilings import Ceilings
+from fps_samplers import EXACT, PLAIN, STARTING_UP
+from fps_stages import stage_seconds
+from fps_vae import decode_seconds, make_vae
+from fps_workloads import Workload
+from measure import peak_memory_bytes, relative_error, reset_peak_memory, synchronize
+from random_model import RandomModelRun
+from torch import Tensor
+from work_counts import VAE, total
+
+# Outputs of all samplers must agree with plain's to this relative error.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+@dataclass
+class SamplerRuns:
+    """What was seen of one sampler.
+
+    Attributes:
+        latencies, first_frames: seconds of the timed runs, and those until their first frame.
+        first_run_s: of the first run, with whatever starts up in it.
+        peak_bytes: of memory.
+        error: relative, against the plain sampler.
+        refused: why it was not timed; None: it was right.
+    """
+
+    latencies: list[float] = field(default_factory=list)
+    first_frames: list[float] = field(default_factory=list)
+    first_run_s: float = 0.0
+    peak_bytes: int = 0
+    error: float = 0.0
+    refused: str | None = None
+
+
+def timed_run(
+    run: RandomModelRun, sampler: Callable, device: torch.device
+) -> tuple[Tensor, float, float]:
+    """Latents, seconds of the run, and seconds until its first frame."""
+    first_frame = None
+
+    def on_frame() -> None:
+        nonlocal first_frame
+        if first_frame is None:
+            synchronize(device)
+            first_frame = time.perf_counter()
+
+    synchronize(device)
+    start = time.perf_counter()
+    latents = run.sample(sampler, on_frame)
+    synchronize(device)
+    return latents, time.perf_counter() - start, first_frame - start
+
+
+def run_samplers(
+    run: RandomModelRun,
+    samplers: dict[str, Callable],
+    device: torch.device,
+    *,
+    repeats: int,
+    tolerance: float,
+    compared_frames: int | None = None,
+    warm_up: bool = True,
+    seconds: float | None = None,
+) -> tuple[dict[str, SamplerRuns], Tensor]:
+    """All samplers of a run; also the plain one's latents.
+
+    The first run of each is the gate: a sampler whose latents differ, or for which there is not
+    enough memory, is not timed. Then they take turns.
+
+    Args:
+        samplers: by name; the one that the others are compared with comes first.
+        tolerance: largest relative error.
+        compared_frames: how many latent frames, from the first on, are compared; None: all.
+        warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
+            that compile or record in it.
+        seconds: no third or later turn begins after so many.
+    """
+    begin = time.perf_counter()
+    seen: dict[str, SamplerRuns] = {}
+    right = None
+    for name, sampler in samplers.items():
+        seen[name] = runs = SamplerRuns()
+        reset_peak_memory(device)
+        try:
+            latents, runs.first_run_s, first_frame = timed_run(run, sampler, device)
+        except torch.OutOfMemoryError:
+            if right is None:
+                raise
+            runs.refused = "not enough memory"
+            continue
+        right = latents if right is None else right
+        runs.peak_bytes = peak_memory_bytes(device)
+        compared = slice(0, compared_frames)
+        runs.error = relative_error(latents[:, :, compared], right[:, :, compared])
+        if not runs.error <= tolerance:
+            runs.refused = f"wrong: differs from plain by {runs.error:.1e}, allowed {tolerance:.0e}"
+        elif not warm_up and name not in STARTING_UP:
+            runs.latencies.append(runs.first_run_s)
+            runs.first_frames.append(first_frame)
+    for turn in range(repeats):
+        for name, runs in seen.items():
+            if runs.refused is not None or len(runs.latencies) == repeats:
+                continue
+            reset_peak_memory(device)
+            _, latency, first_frame = timed_run(run, samplers[name], device)
+            runs.latencies.append(latency)
+            runs.first_frames.append(first_frame)
+            runs.peak_bytes = max(runs.peak_bytes, peak_memory_bytes(device))
+        if seconds is not None and turn > 0 and time.perf_counter() - begin > seconds:
+            break
+    return seen, right
+
+
+def warm_process(
+    samplers: dict[str, Callable], device: torch.device, dtype: torch.dtype, backend: str
+) -> None:
+    """What a process does once, by a very small model: loading libraries, starting threads."""
+    numbers = {"batch": 1, "num_frames": 2, "num_steps": 2, "num_diffusion_steps": 2}
+    run = RandomModelRun("tiny-video", **numbers, device=device, dtype=dtype, backend=backend)
+    for name in (PLAIN, EXACT):
+        run.sample(samplers[name])
+
+
+def measure(
+    workload: Workload,
+    batch: int,
+    samplers: dict[str, Callable],
+    ceilings: Ceilings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    stages: bool = True,
+    seconds: float | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of all samplers for one workload and batch size.
+
+    Args:
+        ceilings: of this machine.
+        stages: also a run of the exact sampler with a clock for each stage.
+        seconds: see `run_samplers`.
+    """
+    run = RandomModelRun(
+        workload.geometry,
+        batch=batch,
+        num_frames=workload.num_frames,
+        num_steps=workload.num_steps,
+        num_diffusion_steps=workload.num_diffusion_steps,
+        num_sets=workload.num_sets,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        checkpoint=workload.checkpoint,
+    )
+    if not workload.warm_up:
+        warm_process(samplers, device, dtype, backend)
+    seen, latents = run_samplers(
+        run,
+        samplers,
+        device,
+        repeats=workload.repeats,
+        tolerance=TOLERANCES[dtype],
+        compared_frames=workload.compared_frames,
+        warm_up=workload.warm_up,
+        seconds=seconds,
+    )
+    vae_s = None
+    if workload.vae is not None:
+        vae = make_vae(workload.vae, device, dtype, workload.checkpoint)
+        vae_s = decode_seconds(vae, latents, device, workload.repeats)
+        del vae
+    work = run.work().values()
+    shared = {
+        "geometry": workload.geometry,
+        "weights": "random" if workload.checkpoint is None else "checkpoint",
+        "latent_frames": workload.num_frames,
+        "steps": workload.num_steps,
+        "diffusion_steps": workload.num_diffusion_steps,
+        "sets_run": run.sets_run,
+        "sets_of_video": run.sets_of_video,
+        "batch": batch,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend,
+        "vae": workload.vae,
+        "vae_s": vae_s,
+        "tolerance": TOLERANCES[dtype],
+        "compared_frames": workload.compared_frames or workload.num_frames,
+        "operations": total(work).operations,
+        "floor_s": ceilings.floor_seconds(work),
+    }
+    plain_s = statistics.median(seen[PLAIN].latencies)
+    frames = batch * workload.pixel_frames * run.sets_run / run.sets_of_video
+    rows = [
+        {"sampler": name, **shared, **_figures(runs, frames, plain_s, shared)}
+        for name, runs in seen.items()
+    ]
+    if stages and seen[EXACT].refused is None:
+        exact = next(row for row in rows if row["sampler"] == EXACT)
+        exact["stages_s"] = stage_seconds(run, device)
+        if vae_s is not None:
+            exact["stages_s"][VAE] = vae_s
+    return rows
+
+
+def _figures(
+    runs: SamplerRuns, frames: float, plain_s: float, shared: dict[str, Any]
+) -> dict[str, Any]:
+    if runs.refused is not None:
+        return {"refused": runs.refused}
+    latency, vae_s = statistics.median(runs.latencies), shared["vae_s"]
+    is_whole = shared["sets_run"] == shared["sets_of_video"]
+    return {
+        "latency_s": latency,
+        "latencies_s": runs.latencies,
+        # Of a part of a frame there is no first frame.
+        "first_frame_s": statistics.median(runs.first_frames) if is_whole else None,
+        "first_run_s": runs.first_run_s,
+        "fps": frames / latency,
+        "fps_with_vae": None if vae_s is None else frames / (latency + vae_s),
+        "ratio_to_plain": plain_s / latency,
+        "share_of_floor": shared["floor_s"] / latency,
+        "max_error_vs_plain": runs.error,
+        "peak_memory_bytes": runs.peak_bytes,
+    }

@@ -1,0 +1,155 @@
+"""What fps.py samples: geometry, latent frames, steps, batch sizes, and how much of a video."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fps_vae import IMAGE_VAE
+
+from nova.checkpoint import find_folder, read_json
+from nova.config import ModelConfig, named_config
+from nova.errors import InputError
+
+RELEASED_VIDEO = "nova-d48w1024-osp480"
+# Latent frames of 33 pixel frames, which the released model was trained for.
+TRAINED_FRAMES = 9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is sampled: a geometry, latent frames T, steps A and D.
+
+    Attributes:
+        geometry: a name of `nova.config.NAMED_CONFIGS`, or of a checkpoint.
+        num_sets: run only so many sets of one frame; None: the whole video.
+        batches: batch sizes.
+        repeats: timed runs of each sampler.
+        warm_up: whether a run of each sampler goes before the timed ones.
+        vae: name for `fps_vae.make_vae`; None: nothing is decoded.
+        checkpoint: folder; None: random weights.
+    """
+
+    geometry: str
+    num_frames: int
+    num_steps: int
+    num_diffusion_steps: int
+    num_sets: int | None = None
+    batches: tuple[int, ...] = (1, 4)
+    repeats: int = 3
+    warm_up: bool = True
+    vae: str | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def pixel_frames(self) -> int:
+        """Frames of a whole video: one for the first latent frame, four for each other."""
+        return 1 + 4 * (self.num_frames - 1)
+
+    @property
+    def compared_frames(self) -> int | None:
+        """Latent frames on which samplers have to agree; None: all.
+
+        A trained model, on prompts that mean nothing, makes a rounding error of one frame ten
+        times larger in the next (in float64 as well): there only the first one tells.
+        """
+        return None if self.checkpoint is None else 1
+
+
+SMALL = Workload("small-video", 5, 16, num_diffusion_steps=25, vae="tiny")
+# The released model is too slow for a CPU: the first sets of a frame, once.
+PART_OF_RELEASED = Workload(
+    RELEASED_VIDEO,
+    TRAINED_FRAMES,
+    64,
+    num_diffusion_steps=25,
+    num_sets=2,
+    batches=(1,),
+    repeats=1,
+    warm_up=False,
+)
+RELEASED = Workload(
+    RELEASED_VIDEO, TRAINED_FRAMES, 64, num_diffusion_steps=25, batches=(1, 4, 24), vae="osp"
+)
+KNOWN = {"cpu": (SMALL, PART_OF_RELEASED), "cuda": (SMALL, RELEASED)}
+DEFAULTS = {"cpu": (SMALL,), "cuda": (SMALL, RELEASED)}
+
+
+def choose_workloads(
+    device_type: str,
+    *,
+    geometries: Sequence[str] | None = None,
+    model: str | None = None,
+    batches: Sequence[int] | None = None,
+    vae: bool | None = None,
+    **numbers: int | None,
+) -> list[Workload]:
+    """The default workloads of a device, or others, with what is asked for changed.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        geometries: these alone; any names of `nova.config.NAMED_CONFIGS`.
+        model: this one alone: a checkpoint's folder, hub id or "shapes".
+        vae: decode as well; None: on a GPU, wherever a whole video is sampled.
+        numbers: num_steps, num_diffusion_steps, num_sets, repeats; None: as the workload has it.
+
+    Raises:
+        InputError: numbers below 1, both a geometry and a model, or decoding a part of a video.
+        ConfigError, CheckpointError: no such geometry or model.
+    """
+    changes: dict[str, Any] = {name: n for name, n in numbers.items() if n is not None}
+    if batches is not None:
+        changes["batches"] = tuple(batches)
+    for name, value in changes.items():
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if geometries is not None and model is not None:
+        raise InputError("choose geometries or a model, not both")
+    if model is not None:
+        workloads = [_of_checkpoint(find_folder(model))]
+    elif geometries is not None:
+        workloads = [_of_geometry(name, device_type) for name in geometries]
+    else:
+        workloads = list(DEFAULTS[device_type])
+    decodes = device_type == "cuda" if vae is None else vae
+    return [_with_vae(replace(workload, **changes), decodes, bool(vae)) for workload in workloads]
+
+
+def _of_geometry(name: str, device_type: str) -> Workload:
+    """A known workload, or one like it: a CPU runs a part of a released geometry."""
+    config, (small, released) = named_config(name), KNOWN[device_type]
+    template = small if config.image_encoder.embed_dim < 512 else released
+    if template.geometry == name:
+        return template
+    num_frames = min(TRAINED_FRAMES, config.time_base)
+    vae = (template.vae or "osp") if config.is_video else IMAGE_VAE
+    return replace(
+        template,
+        geometry=name,
+        num_frames=num_frames,
+        vae=vae if template.num_sets is None else None,
+    )
+
+
+def _of_checkpoint(folder: Path) -> Workload:
+    config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+    return Workload(
+        folder.name,
+        min(TRAINED_FRAMES, config.time_base),
+        64,
+        num_diffusion_steps=25,
+        vae="checkpoint" if (folder / "vae").is_dir() else None,
+        checkpoint=folder,
+    )
+
+
+def _with_vae(workload: Workload, decodes: bool, is_asked_for: bool) -> Workload:
+    """The workload without a VAE where nothing is or can be decoded, which is said if asked for."""
+    obstacle = None
+    if workload.num_sets is not None:
+        obstacle = "a part of a video cannot be decoded"
+    elif workload.vae is None:
+        obstacle = "the checkpoint has no VAE"
+    if is_asked_for and obstacle is not None:
+        raise InputError(f"{workload.geometry}: {obstacle}; leave --vae out")
+    return workload if decodes and obstacle is None else replace(workload, vae=None)

@@ -1,0 +1,303 @@
+"""benchmarks/fps.py: workloads, gate, rows, stages, tables and pictures."""
+
+import json
+import sys
+
+import fps
+import pytest
+import torch
+from card_facts import parse_card_facts
+from ceilings import Ceilings, measure_ceilings
+from fps_measure import measure, run_samplers
+from fps_plot import plot
+from fps_samplers import COMPILED, EXACT, PLAIN, CompiledSampler, make_samplers
+from fps_table import PUBLISHED, captions, print_tables
+from fps_vae import IMAGE_VAE, decode_seconds, make_vae
+from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
+from random_model import RandomModelRun
+from shared_weights import share_weights
+from small_models import small_model
+
+from nova.errors import ConfigError, InputError
+from nova.plain_sampling import generate_frames_plain
+from nova.sampling import generate_frames
+
+CPU = torch.device("cpu")
+TINY = Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=2, vae="tiny")
+FACTS = {"name": "a processor", "threads": 1, "torch": "2", "matmul_TFLOP_per_s": 0.5}
+
+
+def tiny_run():
+    sizes = {"num_frames": 2, "num_steps": 3, "num_diffusion_steps": 2}
+    return RandomModelRun("tiny-video", batch=1, device=CPU, dtype=torch.float32, **sizes)
+
+
+def rows_of(workload=TINY, **options):
+    samplers = make_samplers(CPU)
+    ceilings = Ceilings(rate=1e9, bandwidth=1e9)
+    options = {"device": CPU, "dtype": torch.float32, **options}
+    return measure(workload, 2, samplers, ceilings, **options)
+
+
+def test_rows():
+    plain, exact = rows_of()
+    assert (plain["sampler"], exact["sampler"]) == (PLAIN, EXACT)
+    for row in (plain, exact):
+        assert len(row["latencies_s"]) == 2 and row["sets_run"] == row["sets_of_video"] == 6
+        assert 0 < row["first_frame_s"] < row["latency_s"]
+        # Two clips of five frames.
+        assert row["fps"] == pytest.approx(10 / row["latency_s"])
+        assert row["fps_with_vae"] == pytest.approx(10 / (row["latency_s"] + row["vae_s"]))
+        assert row["ratio_to_plain"] == pytest.approx(plain["latency_s"] / row["latency_s"])
+        assert row["floor_s"] == row["operations"] / 1e9
+        assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["latency_s"])
+        assert row["max_error_vs_plain"] <= row["tolerance"]
+        assert row["peak_memory_bytes"] > 0
+    assert "stages_s" not in plain
+    assert list(exact["stages_s"]) == ["video encoder", "image encoder", "denoise", "rest", "VAE"]
+    assert min(exact["stages_s"].values()) > 0
+
+
+def test_part_of_a_video():
+    workload = Workload("tiny-video", 2, 3, num_diffusion_steps=2, num_sets=1, repeats=1)
+    row = rows_of(workload, stages=False)[1]
+    assert (row["sets_run"], row["sets_of_video"]) == (1, 6)
+    assert row["first_frame_s"] is None and row["fps_with_vae"] is None and "stages_s" not in row
+    assert row["fps"] == pytest.approx(2 * 5 / 6 / row["latency_s"])
+
+
+def wrong_sampler(model, conditioning, **options):
+    return (frame * 1.01 for frame in generate_frames(model, conditioning, **options))
+
+
+def greedy_sampler(model, conditioning, **options):
+    raise torch.OutOfMemoryError("no memory")
+
+
+def test_what_is_wrong_is_not_timed():
+    samplers = {PLAIN: generate_frames_plain, "wrong": wrong_sampler, "greedy": greedy_sampler}
+    seen, _ = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4)
+    assert seen["wrong"].refused.startswith("wrong: differs from plain by 1.0e-02")
+    assert seen["greedy"].refused == "not enough memory"
+    assert not seen["wrong"].latencies and not seen["greedy"].latencies
+    assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
+
+
+def test_compared_frames():
+    def wrong_in_the_end(model, conditioning, **options):
+        first, second = generate_frames(model, conditioning, **options)
+        return iter([first, second * 2])
+
+    samplers = {PLAIN: generate_frames_plain, "wrong": wrong_in_the_end}
+    for frames, is_right in ((1, True), (2, False), (None, False)):
+        seen, _ = run_samplers(
+            tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, compared_frames=frames
+        )
+        assert (seen["wrong"].refused is None) == is_right
+
+
+def counting(calls):
+    def sampler(model, conditioning, **options):
+        calls.append(1)
+        return generate_frames(model, conditioning, **options)
+
+    return sampler
+
+
+@pytest.mark.parametrize(
+    "options, runs", [({}, 4), ({"warm_up": False}, 3), ({"seconds": 0.0}, 3)], ids=str
+)
+def test_number_of_runs(options, runs):
+    calls = []
+    samplers = {PLAIN: counting(calls)}
+    seen, _ = run_samplers(tiny_run(), samplers, CPU, repeats=3, tolerance=1e-4, **options)
+    assert len(calls) == runs
+    assert len(seen[PLAIN].latencies) == runs - options.get("warm_up", True)
+
+
+def test_a_first_run_that_compiles_never_counts():
+    calls = []
+    samplers = {PLAIN: generate_frames_plain, COMPILED: counting(calls)}
+    seen, _ = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, warm_up=False)
+    assert len(calls) == 2 and len(seen[COMPILED].latencies) == 1
+
+
+def test_compiled_sampler(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options))
+    )
+    run, sampler = tiny_run(), CompiledSampler()
+    assert torch.equal(run.sample(sampler), run.sample(generate_frames_plain))
+    run.sample(sampler)
+    # Blocks of the image encoder and of the MLP, once, for any length.
+    assert len(compiled) == 4 + 2
+    assert all(options == {"dynamic": True} for _, options in compiled)
+    ours = {id(module) for module in run._model.modules()}
+    assert not any(id(module) in ours for module, _ in compiled)
+
+
+def test_share_weights():
+    model = small_model()
+    model.set_backend("reference")
+    twin = share_weights(model)
+    assert twin is not model and not any(m is twin.image_encoder for m in model.modules())
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr() and not theirs.requires_grad
+    assert twin.image_encoder.blocks[0].backend == "reference"
+
+
+def test_default_workloads():
+    assert choose_workloads("cpu") == [Workload("small-video", 5, 16, 25)]
+    small, released = choose_workloads("cuda")
+    assert released.batches == (1, 4, 24) and released.vae == "osp" and small.vae == "tiny"
+    assert (released.num_frames, released.num_steps, released.num_diffusion_steps) == (9, 64, 25)
+    assert released.pixel_frames == 33
+
+
+def test_chosen_workloads():
+    (workload,) = choose_workloads(
+        "cpu",
+        geometries=["small-video"],
+        batches=[3],
+        num_steps=128,
+        num_diffusion_steps=100,
+        vae=True,
+    )
+    assert (workload.num_steps, workload.num_diffusion_steps) == (128, 100)
+    assert workload.batches == (3,) and workload.vae == "tiny" and workload.num_frames == 5
+    (image,) = choose_workloads("cuda", geometries=["nova-d48w1024-sd512"])
+    assert image.num_frames == image.pixel_frames == 1 and image.vae == IMAGE_VAE
+    (part,) = choose_workloads("cpu", geometries=["nova-d48w1024-sd512"])
+    assert part.num_sets == 2 and part.vae is None
+    small, released = choose_workloads("cpu", geometries=["small-video", RELEASED_VIDEO])
+    assert (small.num_sets, released.num_sets) == (None, 2) and not released.warm_up
+    (shapes,) = choose_workloads("cpu", model="shapes")
+    assert shapes.checkpoint.is_dir() and shapes.num_frames == 5 and shapes.compared_frames == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batches": [1, 0]}, "batches must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"geometries": ["small-video"], "model": "shapes"}, "not both"),
+        ({"geometries": [RELEASED_VIDEO], "vae": True}, "a part of a video cannot be decoded"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        choose_workloads("cpu", **options)
+    with pytest.raises(ConfigError, match="no size named 'x'"):
+        choose_workloads("cpu", geometries=["x"])
+
+
+def test_class_models_are_refused():
+    with pytest.raises(InputError, match="takes class labels"):
+        rows_of(Workload("tiny-class", 1, 2, num_diffusion_steps=1))
+
+
+def test_checkpoint_weights(tiny_video_folder):
+    workload = Workload("x", 2, 3, 2, repeats=1, vae="checkpoint", checkpoint=tiny_video_folder)
+    row = rows_of(workload)[1]
+    assert row["weights"] == "checkpoint" and row["compared_frames"] == 1 and row["vae_s"] > 0
+
+
+def test_vaes():
+    for name, frames in (("tiny", 5), (IMAGE_VAE, 1)):
+        codec = make_vae(name, CPU, torch.float32)
+        assert codec.is_video == (name == "tiny") and codec.spatial_factor == 8
+        if codec.is_video:
+            latents = torch.zeros(2, 4, 2, 2, 2)
+            assert codec.decode(latents).shape == (2, 3, frames, 16, 16)
+            assert decode_seconds(codec, latents, CPU, repeats=1) > 0
+
+
+def test_ceilings_of_this_machine(monkeypatch):
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr("ceilings.COPIED_BYTES", 1000)
+    seconds = iter([9.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0, 5.0, 4.0, 8.0, 7.0, 6.0])
+    monkeypatch.setattr("ceilings.timed", lambda call, device: (call(), next(seconds)))
+    ceilings = measure_ceilings(CPU, torch.float32)
+    # The fastest copy took two seconds and the fastest product four; the first did not count.
+    assert ceilings == Ceilings(rate=2 * 64**3 / 4, bandwidth=2 * 1000 / 2)
+
+
+def test_facts_of_a_card():
+    facts = parse_card_facts("570.86.10, 1755, 2619, 1980, 2619, 700.00, 41\n")
+    assert facts["driver"] == "570.86.10" and facts["sm_clock_MHz"] == 1755
+    assert facts["largest_sm_clock_MHz"] == 1980 and facts["temperature_C"] == 41
+    assert "power_limit_W" not in parse_card_facts("5, 1, 2, 3, 4, [N/A], 5")
+    assert parse_card_facts("No devices were found") == {}
+
+
+def test_captions():
+    rows = rows_of(Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=1), stages=False)
+    assert PUBLISHED not in captions(rows, FACTS)
+    assert PUBLISHED in captions([{**rows[0], "geometry": RELEASED_VIDEO}], FACTS)
+    assert any("0.5 TFLOP/s" in line for line in captions(rows, FACTS))
+
+
+def test_tables(capsys):
+    refused = {"sampler": "other", "refused": "wrong: differs from plain by 3.0e-01"}
+    rows = rows_of()
+    print_tables([*rows, {**rows[0], **refused}], FACTS)
+    printed = capsys.readouterr().out
+    assert "tiny-video T=2 A=3 D=2" in printed and "6 of 6" in printed
+    assert "wrong: differs" in printed and "image encoder" in printed
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = rows_of()
+    part = [{**row, "geometry": "other", "sets_run": 1} for row in rows]
+    del part[1]["stages_s"]
+    refused = {**rows[0], "sampler": "other", "refused": "wrong"}
+    plot(tmp_path / "new" / "fps.png", [*rows, *part, refused], "title")
+    assert (tmp_path / "new" / "fps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "fps.json"
+    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(
+        sys, "argv", [*command.split(), "--latents", "2", "--device", "cpu", "--json", str(file)]
+    )
+    assert fps.main() == 0
+    content = json.loads(file.read_text())
+    assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2]
+    assert content["machine"]["matmul_TFLOP_per_s"] > 0
+    assert "Stages of the exact sampler" in capsys.readouterr().out
+
+
+def test_command_fails_where_a_sampler_is_wrong(monkeypatch, capsys):
+    command = "fps.py --geometry tiny-video --batch 1 --steps 2 --diffusion-steps 2 --repeats 1"
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr("fps_samplers.generate_frames", wrong_sampler)
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+    assert fps.main() == 1
+
+
+def test_bad_options_of_the_command(monkeypatch, capsys):
+    for arguments, message in (
+        (["--geometry", "tiny-class"], "takes class labels"),
+        (["--batch", "0"], "batches must be at least 1"),
+        (["--model", "shapes", "--geometry", "small-video"], "not both"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fps.py", *arguments, "--device", "cpu"])
+        monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+        with pytest.raises(SystemExit):
+            fps.main()
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_command_on_a_gpu(tmp_path, monkeypatch):
+    file = tmp_path / "fps.json"
+    command = "fps.py --geometry tiny-video --batch 1 --steps 4 --repeats 1 --dtype float32"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(file)])
+    assert fps.main() == 0
+    content = json.loads(file.read_text())
+    assert [row["sampler"] for row in content["rows"]] == [PLAIN, COMPILED, EXACT, "graphs"]
