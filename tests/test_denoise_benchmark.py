@@ -11,7 +11,8 @@ from denoise_costs import Card, step_cost
 
 from nova_kernels.cuda_kernels.denoise_plan import DenoiseShape, DeviceLimits
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "denoise.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "denoise.md"
 
 
 def test_costs_by_hand():
@@ -47,6 +48,17 @@ def test_the_docs_have_what_the_command_predicts(tmp_path, monkeypatch, capsys):
         cells += [str(row["barriers"])]
         cells += [f"{row['floor_us']:.3g} us", f"{row['predicted_us']:.3g} us"]
         assert f"| {' | '.join(cells)} |" in docs
+
+
+def test_the_docs_have_what_was_measured_on_a_cpu():
+    file = ROOT / "benchmarks" / "results" / "denoise_cpu.json"
+    times = {}
+    for row in json.loads(file.read_text())["rows"]:
+        times.setdefault((row["tokens"], row["rows"]), []).append(row["microseconds_a_step"])
+    docs = DOCS.read_text()
+    for (tokens, rows), (eager, cpp) in times.items():
+        line = f"| {tokens} | {rows} | {eager:.0f} us | {cpp:.0f} us | {eager / cpp:.1f} |"
+        assert line in docs
 
 
 def test_it_measures_on_a_cpu_after_a_gate(tmp_path, monkeypatch, capsys):
