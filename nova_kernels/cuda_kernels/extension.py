@@ -1,12 +1,11 @@
 """The compiled module, and what every launch has in common."""
 
-import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nova_kernels.errors import BackendError
+from nova_kernels import compiled
 
 NAME = "nova_kernels._cuda"
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -14,14 +13,7 @@ DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 
 def obstacle() -> str | None:
     """Why there is no compiled module; None if there is."""
-    try:
-        importlib.import_module(NAME)
-    except ImportError as error:
-        return (
-            f"the CUDA extension is not there ({error}); install nova-kernels where nvcc is found, "
-            "and see python -m nova_kernels --build"
-        )
-    return None
+    return compiled.obstacle(NAME, "CUDA", "nvcc")
 
 
 def extension() -> ModuleType:
@@ -30,10 +22,7 @@ def extension() -> ModuleType:
     Raises:
         BackendError: it is not there.
     """
-    reason = obstacle()
-    if reason is not None:
-        raise BackendError(reason)
-    return importlib.import_module(NAME)
+    return compiled.load(NAME, obstacle())
 
 
 def dtype_of(module: ModuleType, dtype: torch.dtype) -> object:
