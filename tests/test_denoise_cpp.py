@@ -128,6 +128,14 @@ def test_other_dtypes_run_in_the_reference(dtype):
     assert torch.equal(run(*case, numbers(2, guidance=3.0), backend="cpp"), expected)
 
 
+def test_where_a_gradient_is_wanted_the_reference_runs():
+    x, condition, times, weights = inputs((1, 4), passes=2, steps=2)
+    condition.requires_grad_()
+    result = op.denoise(x, condition, times, weights, numbers(2, guidance=3.0))
+    (gradient,) = torch.autograd.grad(result.sum(), condition)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
 def test_renormalised_guidance_runs_in_the_reference():
     case = inputs((2, 4), passes=2, steps=2)
     steps = numbers(2, guidance=3.0, renorm=0.5)

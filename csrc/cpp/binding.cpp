@@ -42,7 +42,7 @@ void denoise(const py::dict& given, std::size_t kernel, int threads, std::uintpt
   for (const py::handle numbers : given["steps"]) {
     const auto n = py::cast<py::tuple>(numbers);
     steps.push_back({n[0].cast<float>(), n[1].cast<float>(), n[2].cast<float>(),
-                       n[3].cast<float>(), n[4].cast<float>(), n[5].cast<float>()});
+                     n[3].cast<float>(), n[4].cast<float>(), n[5].cast<float>()});
   }
   a.embed = linear(given["embed"]);
   a.head = linear(given["head"]);
@@ -51,7 +51,7 @@ void denoise(const py::dict& given, std::size_t kernel, int threads, std::uintpt
     const auto block = py::cast<py::dict>(entry);
     const Linear norm = linear(block["norm"]);
     blocks.push_back({linear(block["fc1"]), linear(block["fc2"]), norm.weight, norm.bias,
-                        pointer(block["modulation"])});
+                      pointer(block["modulation"])});
   }
   a.num_steps = static_cast<int>(steps.size());
   a.steps = steps.data();

@@ -8,8 +8,8 @@
 
 namespace nova::cpp {
 
-// A linear layer. The weight is packed in panels of `panel()` outputs: (outputs / panel, inputs,
-// panel), and bias and outputs are padded with zeros to whole panels.
+// A linear layer. The weight is packed in panels of `Kernel::panel` outputs: (outputs / panel,
+// inputs, panel), and bias and outputs are padded with zeros to whole panels.
 struct Linear {
   const float* weight = nullptr;
   const float* bias = nullptr;

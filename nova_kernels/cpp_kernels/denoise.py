@@ -22,7 +22,10 @@ def obstacle(
     outside: Outside | None,
 ) -> str | None:
     """Why the kernel cannot run a call of `nova_kernels.denoise`; None if it can."""
-    dtypes = sorted({str(t.dtype) for t in (x, condition, *weights.tensors())})
+    tensors = (x, condition, *weights.tensors())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no gradient"
+    dtypes = sorted({str(t.dtype) for t in tensors})
     if dtypes != ["torch.float32"]:
         return f"it takes float32, got {dtypes}"
     if any(step.renorm < 1 for step in steps):
