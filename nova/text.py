@@ -121,6 +121,8 @@ class TextEncoder:
         _check_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
         tokens = dict(zip(distinct, self._tokenize(distinct), strict=True))
+        if "" in tokens:
+            tokens[""] = []  # where the tokenizer would put special tokens: it is the null prompt
         empty = torch.empty(0, self.hidden_size, device=self.device, dtype=self.dtype)
         embeddings = {prompt: empty for prompt in distinct if not tokens[prompt]}
         # Prompts of similar length share a batch, which keeps padding short.

@@ -19,6 +19,7 @@ from nova.shapes.__main__ import main
 from nova.shapes.accuracy import degrade, measuring_accuracy
 from nova.shapes.blobs import to_lab
 from nova.shapes.geometry import SHAPES, extents, signed_distance
+from nova.shapes.labels import QUESTIONS, scene_labels
 from nova.shapes.paths import paths
 from nova.shapes.vocabulary import (
     BACKGROUNDS,
@@ -53,6 +54,34 @@ def scene_of(motion="left", shape="circle", color="red", background="black", **c
 
 def sampled(seed, **options):
     return shapes.sample_scene(np.random.default_rng(seed), **{"held_out": None, **options})
+
+
+# --- labels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_labels_say_where_shapes_are(relation):
+    """The first of the labels is the upper or left shape, whichever is named first."""
+    scene = next(
+        scene
+        for scene in (sampled(seed, num_objects=2) for seed in range(1000))
+        if scene.relation == relation
+    )
+    named = dict(zip(QUESTIONS, scene_labels(scene), strict=True))
+    said = {name: QUESTIONS[name][number] for name, number in named.items()}
+    first, second = scene.objects if relation in ("above", "left of") else scene.objects[::-1]
+    assert said["axis"] == ("vertical" if relation in ("above", "below") else "horizontal")
+    assert said["background"] == scene.background
+    for position, thing in (("first", first), ("second", second)):
+        for name in ("color", "shape", "motion", "size", "speed"):
+            assert said[f"{position} {name}"] == getattr(thing, name)
+
+
+def test_labels_of_one_shape():
+    said = dict(zip(QUESTIONS, scene_labels(scene_of(shape="star")), strict=True))
+    assert QUESTIONS["first shape"][said["first shape"]] == "star"
+    absent = ["axis", *(name for name in QUESTIONS if name.startswith("second"))]
+    assert all(QUESTIONS[name][said[name]] is None for name in absent)
 
 
 # --- drawing --------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from nova.pipeline import NOVAPipeline
 from nova.schedule import DDPMConfig, FlowMatchConfig
 from nova.text import TextEncoder
 from nova.training import (
+    CaptionLabels,
     DivergenceError,
     FrozenParts,
     TextEncoderOptions,
@@ -476,6 +477,51 @@ def test_a_text_encoder_learns_captions(tmp_path):
         TextEncoderOptions(hidden_size=30)
 
 
+def test_a_text_encoder_learns_what_captions_say(tmp_path):
+    """Sentences of the same words in another order get embeddings from which that can be read."""
+    colors, shapes = ("red", "green", "blue"), ("circle", "square", "star")
+    pairs = [(a, b, s, t) for a in colors for b in colors if a != b for s in shapes for t in shapes]
+    captions = [f"a {a} {s} above a {b} {t}" for a, b, s, t in pairs]
+    answers = [
+        [colors.index(a), colors.index(b), shapes.index(s), shapes.index(t)] for a, b, s, t in pairs
+    ]
+    labels = CaptionLabels(torch.tensor(answers), (3, 3, 3, 3))
+    options = TextEncoderOptions(
+        hidden_size=32, num_layers=2, num_heads=2, vocab_size=300, steps=250, learning_rate=5e-3
+    )
+    folders = make_text_encoder(captions, tmp_path, options, labels=labels, show_progress=False)
+    encoder = TextEncoder.from_folders(*folders, max_length=32)
+    last = torch.stack([embedding[-1] for embedding in encoder.encode(captions)])
+    # One linear layer, fitted to half of the captions, answers for the other half.
+    inputs = torch.cat([last, torch.ones(len(last), 1)], dim=1)
+    targets = torch.cat([torch.eye(3)[column] for column in labels.answers.T], dim=1)
+    ridge = inputs[::2].T @ inputs[::2] + 0.1 * torch.eye(33)
+    weights = torch.linalg.solve(ridge, inputs[::2].T @ targets[::2])
+    guesses = (inputs[1::2] @ weights).unflatten(1, (4, 3)).argmax(-1)
+    assert (guesses == labels.answers[1::2]).float().mean() > 0.9
+    assert encoder.tokenizer(captions[0]).input_ids[-1] == encoder.tokenizer.eos_token_id
+    assert encoder.encode([""])[0].shape == (0, 32)  # still the null prompt
+
+
+@pytest.mark.parametrize(
+    "answers, sizes, message",
+    [
+        ([[0, 1]], (2,), "2 answers a caption, but 1 sizes"),
+        ([[0, 2]], (2, 2), "beyond its question's size"),
+        ([[0.0, 1.0]], (2, 2), "must be int64"),
+    ],
+)
+def test_caption_labels_that_do_not_fit(answers, sizes, message):
+    with pytest.raises(InputError, match=message):
+        CaptionLabels(torch.tensor(answers), sizes)
+
+
+def test_labels_of_other_captions(tmp_path):
+    labels = CaptionLabels(torch.tensor([[0], [1]]), (2,))
+    with pytest.raises(InputError, match="2 rows of labels for 1 captions"):
+        make_text_encoder(["a red circle"], tmp_path, labels=labels)
+
+
 # Commands -------------------------------------------------------------------------------------
 
 
@@ -522,7 +568,7 @@ def test_commands_from_clips_to_a_sample(tmp_path, tiny_video_folder):
 def test_commands_from_nothing(tmp_path):
     """A VAE and a text encoder of shapes, then a model on their encodings."""
     result = nova("train-text-encoder", "shapes", "--clips", 20, "--width", 32, "--layers", 1,
-                  "--steps", 2, "--out", tmp_path / "text", "--quiet")  # fmt: skip
+                  "--labels", "--steps", 2, "--out", tmp_path / "text", "--quiet")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     result = nova("train-vae", "shapes", "--clips", 4, "--size", 64, 64, "--frames", 5, "--config",
                   "tiny", "--steps", 1, "--batch-size", 1, "--sample-every", 0, "--device", "cpu",
@@ -553,6 +599,7 @@ def test_commands_from_nothing(tmp_path):
         (["train", "x", "--config", "a", "--precision", "half"], 1, "precision must be one of"),
         (["encode", "absent", "--vae", "v"], 2, "Give --size"),
         (["encode", "x", "--vae", "v", "--precision", "half"], 2, "must be one of float32"),
+        (["train-text-encoder", "absent", "--labels"], 2, "known of shapes alone"),
         (["train-vae", "absent", "--size", "64", "64", "--config", "tiny"], 1, "is not a folder"),
         (["train-vae", "shapes", "--size", "64", "64", "--config", "no"], 1, "neither a file nor"),
     ],

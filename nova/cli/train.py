@@ -15,7 +15,8 @@ from .errors import DebugOption
 from .train_options import DATA, FILES, RUN, option
 
 if TYPE_CHECKING:
-    from ..data import ClipSource
+    from ..data import ClipSource, ShapesSource
+    from ..training.text_encoder import CaptionLabels
     from .parts import TrainedModel
 
 SHAPES = "shapes"
@@ -435,17 +436,29 @@ def train_text_encoder(
     steps: Annotated[int, option("--steps", panel=RUN, min=0, help="Optimiser steps.")] = 500,
     batch_size: Annotated[int, option("--batch-size", panel=RUN, min=1, help="Captions.")] = 32,
     lr: Annotated[float, option("--lr", panel=RUN, help="Learning rate.")] = 2e-3,
+    labels: Annotated[
+        bool,
+        option(
+            "--labels",
+            panel=RUN,
+            help="Learn to tell what a caption says (shapes only), not its next token.",
+        ),
+    ] = False,
     seed: shared.Seed = 0,
     quiet: shared.Quiet = False,
     debug: DebugOption = False,
 ) -> None:
     """Train a small text encoder and its tokenizer on captions alone.
 
-    nova train-text-encoder shapes --clips 20000 --out runs/text
+    nova train-text-encoder shapes --labels --clips 60000 --steps 5000 --out runs/text
     """
     from ..errors import NovaError
     from ..training.text_encoder import TextEncoderOptions, make_text_encoder
 
+    if labels and source != SHAPES:
+        raise typer.BadParameter(
+            "what captions say is known of shapes alone; leave --labels out", param_hint="--labels"
+        )
     # Frames are not read, whatever their size and rate.
     clip_source = _open_source(source, 1, 64, 64, 12.0, captions, clips, shapes_seed)
     sentences = []
@@ -469,12 +482,24 @@ def train_text_encoder(
         [sentence for sentence in sentences if sentence],
         out,
         options,
+        labels=_shapes_labels(clip_source) if labels else None,
         on_step=lambda _, loss: losses.append(loss),
         show_progress=not quiet,
     )
     if losses:
-        _echo(f"loss {losses[0]:.3f} to {losses[-1]:.3f} nats a token")
+        unit = "caption" if labels else "token"
+        _echo(f"loss {losses[0]:.3f} to {losses[-1]:.3f} nats a {unit}")
     _echo(f"wrote {folders[0]} and {folders[1]}")
+
+
+def _shapes_labels(source: "ShapesSource") -> "CaptionLabels":
+    import torch
+
+    from ..shapes.labels import QUESTIONS
+    from ..training.text_encoder import CaptionLabels
+
+    answers = torch.tensor([source.labels(index) for index in range(len(source))])
+    return CaptionLabels(answers, tuple(len(possible) for possible in QUESTIONS.values()))
 
 
 def _open_source(

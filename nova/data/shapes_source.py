@@ -1,11 +1,12 @@
 """The world of shapes (`nova.shapes`) as a source of clips."""
 
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .clips import Clip, ClipFormat, measure_motion
+
+if TYPE_CHECKING:
+    from ..shapes import Clip as ShapesClip
 
 _SMALLEST_SIDE = 16  # pixels that a shape can be drawn on
 
@@ -47,16 +48,25 @@ class ShapesSource:
 
     def __getitem__(self, index: int) -> Clip:
         wanted = self.format
-        frames, caption = self._draw(index, wanted.num_frames, wanted.height, wanted.width)
+        frames, caption, _ = self._draw(index, wanted.num_frames, wanted.height, wanted.width)
         flow = 0.0 if self._frames_only else measure_motion(frames, wanted.fps)
         return Clip(f"shapes-{self._seed}-{index}", frames, caption, None, flow, wanted.fps)
 
     def caption(self, index: int) -> str:
         """Caption of clip `index`."""
-        # Captions do not depend on the size, so the smallest picture will do.
-        return self._draw(index, 1, _SMALLEST_SIDE, _SMALLEST_SIDE)[1]
+        return self._smallest(index).caption
 
-    def _draw(self, index: int, num_frames: int, height: int, width: int) -> tuple[np.ndarray, str]:
+    def labels(self, index: int) -> tuple[int, ...]:
+        """What clip `index` shows, as `nova.shapes.labels.scene_labels` numbers it."""
+        from ..shapes.labels import scene_labels
+
+        return scene_labels(self._smallest(index).scene)
+
+    def _smallest(self, index: int) -> "ShapesClip":
+        # Captions and scenes do not depend on the size, so the smallest picture will do.
+        return self._draw(index, 1, _SMALLEST_SIDE, _SMALLEST_SIDE)
+
+    def _draw(self, index: int, num_frames: int, height: int, width: int) -> "ShapesClip":
         from ..shapes import clip
 
         if not 0 <= index < self._size:
@@ -68,7 +78,7 @@ class ShapesSource:
             height=height,
             width=width,
             held_out=self._held_out,
-        )[:2]
+        )
 
     def describe(self) -> dict[str, Any]:
         return {

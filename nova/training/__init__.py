@@ -11,6 +11,7 @@ from .options import RunOptions, TrainingOptions, VAETrainingOptions
 
 # Imported at first use: a text encoder needs transformers, and the options need nothing.
 _LAZY = {
+    "CaptionLabels": "text_encoder",
     "FrozenParts": "checkpoints",
     "TextEncoderOptions": "text_encoder",
     "make_text_encoder": "text_encoder",
@@ -21,6 +22,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CaptionLabels",
     "DivergenceError",
     "FrozenParts",
     "RunOptions",

@@ -1,4 +1,4 @@
-"""A small text encoder made from captions alone: a Phi model trained as a language model."""
+"""A small text encoder made from captions: a Phi model that predicts tokens or what they say."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -6,16 +6,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoint import shared_file_mode
 from ..data.seeds import keyed_generator
 from ..errors import CheckpointError, DependencyError, InputError
-from .tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from .text_objectives import LabelObjective, NextTokenObjective
+from .tokenizer import END_OF_TEXT, end_with, save_tokenizer, train_tokenizer
 
-_IGNORED = -100  # of cross entropy: padding
+
+@dataclass(frozen=True)
+class CaptionLabels:
+    """What captions say, as answers to the same questions for each.
+
+    Attributes:
+        answers: int64 (captions, questions), the number of the right answer.
+        sizes: how many answers each question has.
+
+    Raises:
+        InputError: shapes that do not fit, or an answer that is out of range.
+    """
+
+    answers: Tensor
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        answers = self.answers
+        if answers.dtype != torch.int64 or answers.dim() != 2:
+            raise InputError(f"answers must be int64 (captions, questions), got {answers.dtype}")
+        if answers.shape[1] != len(self.sizes):
+            raise InputError(f"{answers.shape[1]} answers a caption, but {len(self.sizes)} sizes")
+        if (answers < 0).any() or (answers >= torch.tensor(self.sizes)).any():
+            raise InputError("an answer lies beyond its question's size")
 
 
 @dataclass(frozen=True)
@@ -62,28 +85,35 @@ def make_text_encoder(
     folder: str | os.PathLike,
     options: TextEncoderOptions | None = None,
     *,
+    labels: CaptionLabels | None = None,
     on_step: Callable[[int, float], None] | None = None,
     show_progress: bool = True,
 ) -> tuple[Path, Path]:
-    """Train a tokenizer and a small Phi model on captions, to predict the next token.
+    """Train a tokenizer and a small Phi model on captions.
 
     Args:
         captions: sentences; repeated ones count as often as they are there.
         folder: parent of the new folders text_encoder/ and tokenizer/, as in a checkpoint.
-        on_step: called with the number of steps done and the loss, in nats a token.
+        labels: what the captions say. The model then learns to tell it at a token that the
+            tokenizer puts after every prompt (`LabelObjective`); without labels it learns to
+            predict the next token.
+        on_step: called with the number of steps done and the loss, in nats a token (with labels:
+            a caption).
 
     Returns:
         The two folders, which `TextEncoder.from_folders` opens.
 
     Raises:
-        InputError: no captions.
+        InputError: no captions, or labels of other captions.
         DependencyError: transformers is not installed.
     """
     options = options or TextEncoderOptions()
     if not captions:
         raise InputError("a text encoder needs captions to learn from")
+    if labels is not None and len(labels.answers) != len(captions):
+        raise InputError(f"{len(labels.answers)} rows of labels for {len(captions)} captions")
     try:
-        from transformers import PhiConfig, PhiForCausalLM
+        from transformers import PhiConfig, PhiModel
     except ImportError as error:
         raise DependencyError(
             "text encoders need transformers: pip install transformers"
@@ -92,6 +122,10 @@ def make_text_encoder(
     text_encoder_dir, tokenizer_dir = folder / "text_encoder", folder / "tokenizer"
     tokenizer = train_tokenizer(captions, options.vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
+    tokens = [
+        [*encoding.ids[: options.max_length - 1], end]
+        for encoding in tokenizer.encode_batch(list(captions))
+    ]
     config = PhiConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=options.hidden_size,
@@ -102,17 +136,20 @@ def make_text_encoder(
         bos_token_id=end,
         eos_token_id=end,
     )
+    sizes = config.hidden_size, config.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = PhiForCausalLM(config)
-    tokens = [
-        [*encoding.ids[: options.max_length - 1], end]
-        for encoding in tokenizer.encode_batch(list(captions))
-    ]
-    _fit(model, tokens, options, on_step, show_progress)
+        model = PhiModel(config)
+        if labels is None:
+            objective = NextTokenObjective(*sizes)
+        else:
+            noise = keyed_generator(options.seed, 1)
+            objective = LabelObjective(*sizes, labels.answers, labels.sizes, noise)
+            end_with(tokenizer, END_OF_TEXT)
+    _fit(model, objective, tokens, options, on_step, show_progress)
     try:
         save_tokenizer(tokenizer, tokenizer_dir)
-        model.base_model.save_pretrained(text_encoder_dir)
+        model.save_pretrained(text_encoder_dir)
         for path in text_encoder_dir.glob("*.safetensors"):
             path.chmod(shared_file_mode())
     except OSError as error:
@@ -121,28 +158,30 @@ def make_text_encoder(
 
 
 def _fit(
-    model: torch.nn.Module,
+    model: nn.Module,
+    objective: nn.Module,
     tokens: list[list[int]],
     options: TextEncoderOptions,
     on_step: Callable[[int, float], None] | None,
     show_progress: bool,
 ) -> None:
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.01)
+    parameters = [*model.parameters(), *objective.parameters()]
+    optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.01)
     warmup = max(options.steps // 20, 1)
     generator = keyed_generator(options.seed)
     for step in tqdm(range(options.steps), desc="text encoder", disable=not show_progress):
-        rows = torch.randint(len(tokens), (options.batch_size,), generator=generator).tolist()
-        inputs, targets = _batch([tokens[row] for row in rows])
+        rows = torch.randint(len(tokens), (options.batch_size,), generator=generator)
+        ids, lengths = _batch([tokens[row] for row in rows.tolist()])
         # Padding is on the right: with causal attention no real token sees it.
-        logits = model(input_ids=inputs, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
+        hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = objective(hidden, ids, lengths, rows)
         cosine = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * step / options.steps)).item()
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * min((step + 1) / warmup, cosine)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if on_step is not None:
             on_step(step + 1, loss.item())
@@ -150,11 +189,9 @@ def _fit(
 
 
 def _batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Padded inputs (B, n) and targets (B, n), shifted by one."""
-    length = max(len(row) for row in rows)
-    inputs = torch.zeros(len(rows), length, dtype=torch.long)
-    targets = torch.full((len(rows), length), _IGNORED)
+    """Padded ids (B, n) and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for index, row in enumerate(rows):
-        inputs[index, : len(row)] = torch.tensor(row)
-        targets[index, : len(row) - 1] = torch.tensor(row[1:])
-    return inputs, targets
+        ids[index, : len(row)] = torch.tensor(row)
+    return ids, lengths

@@ -37,6 +37,15 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> Any:
     return tokenizer
 
 
+def end_with(tokenizer: Any, token: str) -> None:
+    """Have the tokenizer put a special token after every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {token}", special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
+
+
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int = 512) -> None:
     """Write the files of Phi-2's tokenizer; every version of transformers reads them."""
     folder.mkdir(parents=True, exist_ok=True)
