@@ -19,6 +19,7 @@ from training_data import GradientSource, write_latents
 from typer.testing import CliRunner
 
 from nova.checkpoint import CheckpointError, write_json
+from nova.cli import parts
 from nova.cli.app import app
 from nova.codec import LatentCodec, to_pixels
 from nova.errors import InputError
@@ -588,6 +589,31 @@ def test_commands_from_nothing(tmp_path):
     pipeline = NOVAPipeline.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000001")
     assert isinstance(pipeline.scheduler, DDPMConfig)
     assert pipeline.text_encoder.hidden_size == 32
+
+
+def test_another_text_encoder_for_a_model(tiny_video_folder, tiny_class_folder, tmp_path):
+    """What reads prompts starts anew, everything else stays, and checkpoints have the new one."""
+    options = TextEncoderOptions(hidden_size=48, num_heads=3, num_layers=1, steps=0)
+    make_text_encoder(["a red circle"], tmp_path / "text", options, show_progress=False)
+    before = parts.released_model(tiny_video_folder).model.state_dict()
+    renewed = parts.released_model(tiny_video_folder, tmp_path / "text", seed=3)
+    assert renewed.model.config.text_token_dim == 48
+    after = renewed.model.state_dict()
+    assert set(after) == set(before)
+    for name, value in after.items():
+        if not name.startswith(("text_embed.", "video_encoder.")):
+            assert torch.equal(value, before[name].float()), name
+    name = "video_encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(after[name], before[name].float())
+    assert renewed.parts.folders == {
+        "vae": tiny_video_folder / "vae",
+        "text_encoder": tmp_path / "text" / "text_encoder",
+        "tokenizer": tmp_path / "text" / "tokenizer",
+    }
+    with pytest.raises(InputError, match="takes class labels"):
+        parts.released_model(tiny_class_folder, tmp_path / "text")
+    with pytest.raises(CheckpointError, match="config.json"):
+        parts.released_model(tiny_video_folder, tmp_path)
 
 
 @pytest.mark.parametrize(

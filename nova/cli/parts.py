@@ -1,6 +1,6 @@
 """What the training commands start from: encoders of a checkpoint, models released or fresh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from ..checkpoint import find_folder, read_json
 from ..codec import LatentCodec
 from ..config import NAMED_CONFIGS, ModelConfig, named_config
 from ..devices import out_of_memory
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..model import NOVATransformer
 from ..pipeline import NOVAPipeline
 from ..schedule import DDPMConfig, FlowMatchConfig, SchedulerConfig
@@ -17,6 +17,8 @@ from ..text import TextEncoder
 from ..training.checkpoints import FrozenParts
 from ..training.initialization import new_model, new_vae
 from ..vae import CausalVideoVAE, VAEConfig
+
+READS_PROMPTS = ("text_embed.", "video_encoder.")  # parameters that depend on the text encoder
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,54 @@ def load_encoders(
     return codec, encoder, size
 
 
-def released_model(name_or_path: str) -> TrainedModel:
+def released_model(
+    name_or_path: str, text_encoder: Path | None = None, seed: int = 0
+) -> TrainedModel:
     """A checkpoint to fine-tune: its transformer and scheduler, the rest carried along.
 
+    Args:
+        text_encoder: folder with text_encoder/ and tokenizer/, in place of the checkpoint's. The
+            parts that read prompts then start anew, from `seed`: the others stay.
+
     Raises:
+        InputError: a text encoder for a model of class labels.
         CheckpointError, ConfigError: what is wrong with which file.
     """
     folder = find_folder(name_or_path)
     pipeline = NOVAPipeline.from_pretrained(folder, text_encoder=None, vae=None)
-    return TrainedModel(pipeline.transformer, pipeline.scheduler, FrozenParts.of(folder))
+    model, parts = pipeline.transformer, FrozenParts.of(folder)
+    if text_encoder is not None:
+        model = _with_new_text(model, text_encoder, seed)
+        parts = _carried(parts.folders.get("vae"), text_encoder)
+    return TrainedModel(model, pipeline.scheduler, parts)
+
+
+def _carried(vae: Path | None, text_encoder: Path | None) -> FrozenParts:
+    """`text_encoder` is the parent of text_encoder/ and tokenizer/."""
+    if text_encoder is None:
+        return FrozenParts(vae)
+    return FrozenParts(vae, text_encoder / "text_encoder", text_encoder / "tokenizer")
+
+
+def _with_new_text(model: NOVATransformer, text_encoder: Path, seed: int) -> NOVATransformer:
+    """A float32 copy whose parts that read prompts have fresh weights for another text encoder.
+
+    A video encoder that has learned one text encoder takes up another very slowly.
+    """
+    if not model.config.text_token_dim:
+        raise InputError("--text-encoder: this model takes class labels, not prompts")
+    path = text_encoder / "text_encoder" / "config.json"
+    width = read_json(path).get("hidden_size")
+    if not isinstance(width, int):
+        raise CheckpointError(f"{path} has no hidden_size; it is no text encoder's config")
+    renewed = new_model(replace(model.config, text_token_dim=width), seed)
+    kept = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(READS_PROMPTS)
+    }
+    renewed.load_state_dict(kept, strict=False)
+    return renewed
 
 
 def fresh_model(
@@ -109,11 +150,7 @@ def fresh_model(
         raise InputError(
             f"{config} is neither a file nor one of the sizes {', '.join(NAMED_CONFIGS)}"
         )
-    parts = FrozenParts(
-        vae,
-        text_encoder / "text_encoder" if text_encoder else None,
-        text_encoder / "tokenizer" if text_encoder else None,
-    )
+    parts = _carried(vae, text_encoder)
     scheduler = DDPMConfig() if ddpm else FlowMatchConfig()
     return TrainedModel(new_model(model_config, seed), scheduler, parts)
 

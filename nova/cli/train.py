@@ -155,7 +155,8 @@ def train(
         option(
             "--text-encoder",
             panel=DATA,
-            help="With --config: folder with text_encoder/ and tokenizer/ to carry along.",
+            help="Folder with text_encoder/ and tokenizer/ to carry along. With --model: in place "
+            "of the checkpoint's; text projection and video encoder start anew.",
         ),
     ] = None,
     max_latent_length: Annotated[
@@ -256,8 +257,8 @@ def train(
     """
     if (model is None) == (config is None):
         raise typer.BadParameter("Give one of --model and --config.")
-    if model is not None and (vae or text_encoder or ddpm):
-        raise typer.BadParameter("--vae, --text-encoder and --ddpm go with --config.")
+    if model is not None and (vae or ddpm):
+        raise typer.BadParameter("--vae and --ddpm go with --config.")
     options = TrainingOptions(
         out=out,
         steps=steps,
@@ -299,7 +300,7 @@ def train(
     dataset = LatentDataset(data, max_latent_length=max_latent_length)
     trained: TrainedModel
     if model is not None:
-        trained = released_model(model)
+        trained = released_model(model, text_encoder, seed)
     else:
         trained = fresh_model(config, vae, text_encoder, ddpm=ddpm, seed=seed)
     _echo(f"{data}: {len(dataset)} clips; {trained.parameters / 1e6:.1f} M parameters")
