@@ -26,6 +26,7 @@ from nova.codec import to_pixels
 from nova.conditioning import Conditioning
 from nova.errors import InputError, NovaError
 from nova.guidance import Guidance
+from nova.media import check_writable
 from nova.motion import motion_score
 from nova.objective import draw_training_noise, training_losses
 from nova.shapes.geometry import SHAPES
@@ -214,6 +215,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.out is not None:
+            check_writable(arguments.out, (".json",))
         pipeline = nova.NOVAPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
         losses, rises = measure(pipeline, arguments.scenes)
     except NovaError as error:

@@ -55,7 +55,7 @@ def test_a_model_that_reads_its_prompts(pipeline):
         assert by_name[name].rise > 2 * by_name[name].standard_error > 0
 
 
-def test_a_model_that_does_not(pipeline, monkeypatch):
+def test_a_model_that_does_not(pipeline):
     weight = pipeline.transformer.text_embed.proj.weight
     kept = weight.detach().clone()
     weight.data.zero_()
@@ -71,9 +71,11 @@ def test_bad_input(pipeline, tiny_image_folder, capsys):
         measure(pipeline, 39)
     assert prompt_use.main(["--model", str(tiny_image_folder)]) == 1
     assert "needs a text-to-video model" in capsys.readouterr().err
+    assert prompt_use.main(["--out", "figures.txt"]) == 1
+    assert ".json" in capsys.readouterr().err
 
 
-def test_command(monkeypatch, tmp_path, capsys):
+def test_command(tmp_path, capsys):
     out = tmp_path / "use.json"
     assert prompt_use.main(["--scenes", str(SCENES), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
