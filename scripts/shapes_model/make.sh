@@ -33,42 +33,69 @@ train_vae vae-5 2000 --vae "$(last_vae vae-4)" --shapes-seed 12 --frames 17 --ba
     --warmup 50 --lr 4e-4 --ema 0.995
 vae=$(last_vae vae-5)
 
-[ -d "$out/text/tokenizer" ] || nova train-text-encoder shapes --clips 3000 --vocabulary 640 \
-    --steps 0 --out "$out/text"
+[ -d "$out/text-words/tokenizer" ] || nova train-text-encoder shapes --clips 3000 --vocabulary 640 \
+    --steps 0 --out "$out/text-words"
 
 encode() {
-    nova encode shapes --size 64 64 --vae "$vae" --text-encoder "$out/text" --text-length 40 \
+    text=$1 && shift
+    nova encode shapes --size 64 64 --vae "$vae" --text-encoder "$out/$text" --text-length 40 \
         --precision bfloat16 "$@"
 }
-encode --frames 1 --clips 40000 --shapes-seed 1 --batch-size 64 --shard-size 1024 \
-    --out "$out/images"
-encode --clips 24000 --batch-size 16 --out "$out/clips"
+encode_images() {
+    encode "$1" --frames 1 --clips 40000 --shapes-seed 1 --batch-size 64 --shard-size 1024 \
+        --out "$out/$2"
+}
+encode_clips() {
+    encode "$1" --clips 24000 --batch-size 16 --out "$out/$2"
+}
+encode_images text-words images
+encode_clips text-words clips
 
 # Transformer: images first, since a step on images is cheaper than one on clips.
 train() {
     run=$1 steps=$2 data=$3 && shift 3
     is_done "$run" "$steps" || torchrun --standalone --nproc-per-node "${PROCESSES:-2}" \
         -m nova train "$out/$data" --device cpu --precision bfloat16 --loss-repeats 2 \
-        --optimizer muon --lr 3e-3 --mask-ratio-std 0.7 --mask-ratio-min 0.1 --sample-every 0 \
-        --resume --out "$out/$run" --steps "$steps" "$@"
+        --optimizer muon --lr 3e-3 --sample-every 0 --resume --out "$out/$run" --steps "$steps" "$@"
 }
-train image-model 3000 images --config "$here/transformer.json" --vae "$vae" \
-    --text-encoder "$out/text" --batch-size 64 --warmup 100 --schedule constant --ema 0.99 \
-    --save-every 250
-# Clips: the learning rate falls in the second part alone.
+train_images() {
+    train "$@" --batch-size 64 --warmup 100 --schedule constant --ema 0.99 --save-every 250
+}
+# Clips: the learning rate falls in the last part of a stage alone.
 train_clips() {
-    run=$1 steps=$2 model=$3 && shift 3
-    train "$run" "$steps" clips --model "$out/$model" --train-motion --warmup 50 --ema 0.995 \
+    run=$1 steps=$2 data=$3 model=$4 && shift 4
+    train "$run" "$steps" "$data" --model "$out/$model" --train-motion --warmup 50 --ema 0.995 \
         --save-every 200 "$@"
 }
+# Few masked tokens: frames that are nearly complete, as sampling has them in its last steps.
+few="--mask-ratio-std 0.7 --mask-ratio-min 0.1"
+
 images=image-model/checkpoints/step-00003000
-train_clips clips-1 4400 $images --batch-size 32 --schedule constant
-train_clips clips-1 9200 $images --batch-size 32 --schedule cosine
+train_images image-model 3000 images --config "$here/transformer.json" --vae "$vae" \
+    --text-encoder "$out/text-words" $few
+train_clips clips-1 4400 clips $images --batch-size 32 --schedule constant $few
+train_clips clips-1 9200 clips $images --batch-size 32 --schedule cosine $few
 # Their first two latents alone: in the second one it shows which way things move, and steps on two
 # are cheap. Then whole clips again.
-train_clips starts 6200 clips-1/checkpoints/step-00009200 --max-latent-length 2 --batch-size 64 \
-    --schedule constant
-train_clips clips-2 3600 starts/checkpoints/step-00006200 --batch-size 32 --schedule cosine
-train_clips clips-3 2200 clips-2/checkpoints/step-00003600 --batch-size 32 --schedule cosine --lr 2e-3
-[ -d "$out/shapes" ] || nova export "$out/clips-3/checkpoints/step-00002200" --out "$out/shapes" \
+train_clips starts-1 6200 clips clips-1/checkpoints/step-00009200 --max-latent-length 2 \
+    --batch-size 64 --schedule constant $few
+train_clips clips-2 3600 clips starts-1/checkpoints/step-00006200 --batch-size 32 \
+    --schedule cosine $few
+train_clips clips-3 2200 clips clips-2/checkpoints/step-00003600 --batch-size 32 \
+    --schedule cosine --lr 2e-3 $few
+
+# Another text encoder, which tells what belongs together in a sentence. What reads it (the text
+# projection and the video encoder) starts anew and goes through all stages once more: images and two
+# latents with many masked tokens, where the caption has most to say, then whole clips.
+[ -d "$out/text/tokenizer" ] || nova train-text-encoder shapes --labels --clips 60000 \
+    --vocabulary 640 --steps 5000 --batch-size 64 --lr 3e-3 --out "$out/text"
+encode_images text images-read
+encode_clips text clips-read
+train_images image-model-read 3000 images-read --model "$out/clips-3/checkpoints/step-00002200" \
+    --text-encoder "$out/text"
+train_clips starts-read 5000 clips-read image-model-read/checkpoints/step-00003000 \
+    --max-latent-length 2 --batch-size 64 --schedule constant
+train_clips clips-4 6500 clips-read starts-read/checkpoints/step-00005000 --batch-size 32 \
+    --schedule cosine $few
+[ -d "$out/shapes" ] || nova export "$out/clips-4/checkpoints/step-00006500" --out "$out/shapes" \
     --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
