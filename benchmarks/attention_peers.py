@@ -6,15 +6,13 @@ of them, and returns a tensor like q. It serves one sequence of bidirectional bl
 
 import importlib.util
 from collections.abc import Callable
-from importlib import metadata
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nova.attention_libraries import LIBRARIES
 from nova_kernels.block_layout import BlockLayout
-from nova_kernels.errors import BackendError
 
 Attend = Callable[..., Tensor]
 
@@ -23,22 +21,14 @@ def attention_peers(layout: BlockLayout, prefix: int) -> dict[str, Attend]:
     """All peers for `layout`, behind `prefix` keys and values, by name."""
     peers = {
         "SDPA with a mask": with_mask(layout, prefix),
-        "SDPA by block, flash": by_block(layout, _sdpa(SDPBackend.FLASH_ATTENTION)),
-        "SDPA by block, cuDNN": by_block(layout, _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        "SDPA by block, flash": by_block(layout, LIBRARIES["flash"]),
+        "SDPA by block, cuDNN": by_block(layout, LIBRARIES["cudnn"]),
     }
     if not prefix:
         peers["FlexAttention"] = flex_attention(layout)
     if importlib.util.find_spec("flash_attn"):
-        peers["flash-attn by block"] = by_block(layout, _flash_attn)
+        peers["flash-attn by block"] = by_block(layout, LIBRARIES["flash-attn"])
     return peers
-
-
-def flash_attn_version() -> str | None:
-    """Of the installed flash-attn; None: there is none."""
-    try:
-        return metadata.version("flash_attn")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def with_mask(layout: BlockLayout, prefix: int) -> Attend:
@@ -97,27 +87,3 @@ def _behind(prefix_kv: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor
     if not prefix_kv:
         return k, v
     return torch.cat([prefix_kv[0], k], dim=2), torch.cat([prefix_kv[1], v], dim=2)
-
-
-def _sdpa(backend: SDPBackend) -> Attend:
-    """torch's attention by this kernel alone."""
-
-    def attend(q, k, v):
-        try:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-        except RuntimeError as error:  # what torch raises for other cards, dtypes and shapes
-            raise BackendError(str(error)) from error
-
-    return attend
-
-
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # Imported late: on a machine without CUDA the package may be installed and not importable.
-    from flash_attn import flash_attn_func
-
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise BackendError(f"flash-attn takes float16 and bfloat16, not {q.dtype}")
-    # It has tokens before heads.
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flash_attn_func(q, k, v).transpose(1, 2)

@@ -6,9 +6,10 @@
     python benchmarks/fps.py --model shapes                         # a checkpoint's weights
 
 Plain is the sampling loops as the paper states them (nova/plain_sampling.py), exact this package's
-(nova/sampling.py); on a GPU also plain with torch.compile, and exact from CUDA graphs. On a CPU
-released geometries, if asked for, run only the first sets of one frame; their frames per second
-count those sets as their share of a whole video's. docs/benchmarks.md describes what is measured.
+(nova/sampling.py); on a GPU also plain with torch.compile, exact from CUDA graphs, and those after
+nova.tune. On a CPU released geometries, if asked for, run only the first sets of one frame; their
+frames per second count those sets as their share of a whole video's. docs/benchmarks.md describes
+what is measured.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float16"])
     add("--backend", default="auto", choices=BACKENDS, help="of the ops")
     add("--compile", action=switch, help="also plain with torch.compile; default: on a GPU")
+    add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
     add("--vae", action=switch, help="decode too, whole videos; default: on a GPU")
     add("--stages", action=switch, default=True, help="measure stages in a run of their own")
@@ -100,6 +102,7 @@ def main() -> int:
             samplers = make_samplers(
                 device,
                 compiled=on_gpu if arguments.compile is None else arguments.compile,
+                tuned=on_gpu if arguments.tune is None else arguments.tune,
                 against=arguments.against,
             )
             try:

@@ -1,5 +1,6 @@
 """What fps.py measures: the samplers, all called like `nova.sampling.generate_frames`."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from nova.conditioning import Conditioning
 from nova.engine import SetGraphs
+from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
+from nova.schedule import DiffusionSchedule
+from nova.tuning.tuner import AppliedTuning, TunedRun, tune_sampler
 
-PLAIN, COMPILED, EXACT, GRAPHS = "plain", "plain, compiled", "exact", "graphs"
-# Their first run compiles or records; it never counts as a measurement.
-STARTING_UP = (COMPILED, GRAPHS)
+PLAIN, COMPILED, EXACT, GRAPHS, TUNED = "plain", "plain, compiled", "exact", "graphs", "tuned"
+# Their first run compiles, records or measures; it never counts as a measurement.
+STARTING_UP = (COMPILED, GRAPHS, TUNED)
 
 
 class CompiledSampler:
@@ -44,13 +48,53 @@ class CompiledSampler:
         return generate_frames_plain(self._compiled, conditioning, **options)
 
 
+class TunedSampler:
+    """The exact sampler after `nova.tune`, from CUDA graphs on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.graphs = SetGraphs() if device.type == "cuda" else None
+        self.tuning: AppliedTuning | None = None
+        self._model: NOVATransformer | None = None
+        self._tuned: NOVATransformer | None = None
+
+    def __call__(
+        self,
+        model: NOVATransformer,
+        conditioning: Conditioning,
+        *,
+        schedule: DiffusionSchedule,
+        guidance: Guidance,
+        set_sizes: list[int],
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        if self._model is not model:
+            # The other samplers go on with the model as it is.
+            self._model, self._tuned, self.tuning = model, share_weights(model), None
+            run = TunedRun(self._tuned, schedule, guidance, set_sizes, conditioning.batch_size)
+            print(tune_sampler(self, run), file=sys.stderr)
+        return generate_frames(
+            self._tuned,
+            conditioning,
+            schedule=schedule,
+            guidance=guidance,
+            set_sizes=set_sizes,
+            graphs=self.graphs,
+            **options,
+        )
+
+
 def make_samplers(
-    device: torch.device, *, compiled: bool = False, against: str | None = None
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    tuned: bool = False,
+    against: str | None = None,
 ) -> dict[str, Callable]:
     """Samplers by name; the plain one, which the others are compared with, comes first.
 
     Args:
         compiled: with `torch.compile`.
+        tuned: after `nova.tune`.
         against: "diffnext" adds the reference package, as it is and after `nova.accelerate`.
 
     Raises:
@@ -62,6 +106,8 @@ def make_samplers(
     samplers[EXACT] = generate_frames
     if device.type == "cuda":
         samplers[GRAPHS] = partial(generate_frames, graphs=SetGraphs())
+    if tuned:
+        samplers[TUNED] = TunedSampler(device)
     if against is not None:
         samplers[against] = ReferenceSampler()
         samplers[f"{against}, accelerated"] = ReferenceSampler(accelerated=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_peers import flash_attn_version
 from ceilings import Ceilings, measure_ceilings
 from compile_report import compile_rows, faults, print_compile_table
 from kernel_cases import KernelCase, kernel_cases
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from nova.attention_libraries import flash_attn_version
 from nova_kernels.errors import BackendError
 
 BACKENDS = ("reference", "triton", "cuda")

@@ -10,7 +10,7 @@ Model = TypeVar("Model", bound=NOVATransformer)
 
 
 def share_weights(model: NOVATransformer, kind: type[Model] = NOVATransformer) -> Model:
-    """A model of class `kind` with the same tensors (not copies) and the same backends.
+    """A model of class `kind` with the same tensors (not copies), backends and libraries.
 
     Args:
         kind: `NOVATransformer`, or a subclass that takes no other arguments.
@@ -19,6 +19,7 @@ def share_weights(model: NOVATransformer, kind: type[Model] = NOVATransformer) -
         twin = kind(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     for module, ours in zip(twin.modules(), model.modules(), strict=True):
-        if hasattr(ours, "backend"):
-            module.backend = ours.backend
+        for name in ("backend", "library"):
+            if hasattr(ours, name):
+                setattr(module, name, getattr(ours, name))
     return twin.eval().requires_grad_(False)

@@ -35,6 +35,7 @@ _LAZY = {
     "TextEncoder": "text",
     "VAEConfig": "vae",
     "named_config": "config",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "named_config",
     "report",
     "restore",
+    "tune",
 ]
 
 

@@ -30,6 +30,8 @@ from .noise import NoiseSource
 from .sampling import generate_frames
 from .schedule import DiffusionSchedule, scheduler_from_dict
 from .step_hooks import StepProgress
+from .tuning.record import TuningRecord
+from .tuning.tuner import AppliedTuning
 
 METHOD = "generate_video"
 
@@ -81,6 +83,7 @@ class SamplingReport:
         backend: that was asked for.
         graphs: CUDA graphs recorded so far; None: not used.
         graphs_failure: why no more are recorded.
+        tuning: what `nova.tune` chose.
         left_to_reference: why the last call was the reference's all the same.
     """
 
@@ -90,6 +93,7 @@ class SamplingReport:
     backend: str | None = None
     graphs: int | None = None
     graphs_failure: str | None = None
+    tuning: TuningRecord | None = None
     left_to_reference: str | None = None
 
     def __str__(self) -> str:
@@ -100,6 +104,8 @@ class SamplingReport:
             lines.append(f"CUDA graphs: off, {self.graphs_failure}")
         elif self.graphs is not None:
             lines.append(f"CUDA graphs: {self.graphs} recorded")
+        if self.tuning is not None:
+            lines.append(str(self.tuning))
         if self.left_to_reference is not None:
             lines.append(f"the last call was left to the reference: {self.left_to_reference}")
         return "\n".join(lines)
@@ -117,13 +123,14 @@ def report(pipe: Any) -> SamplingReport:
     from .pipeline import NOVAPipeline
 
     if isinstance(pipe, NOVAPipeline):
-        model, graphs, left = pipe.transformer, pipe.graphs, None
+        sampler, model, left = pipe, pipe.transformer, None
     else:
         transformer = _reference_transformer(pipe)
-        sampling = vars(transformer).get(METHOD)
-        if sampling is None:
+        sampler = vars(transformer).get(METHOD)
+        if sampler is None:
             return SamplingReport(False, str(transformer.device), _name(transformer.dtype))
-        model, graphs, left = sampling.model, sampling.graphs, sampling.left_to_reference
+        model, left = sampler.model, sampler.left_to_reference
+    graphs, tuning = sampler.graphs, sampler.tuning
     return SamplingReport(
         accelerated=True,
         device=str(model.device),
@@ -131,8 +138,21 @@ def report(pipe: Any) -> SamplingReport:
         backend=model.image_decoder.backend,
         graphs=None if graphs is None else len(graphs),
         graphs_failure=None if graphs is None else graphs.failure,
+        tuning=None if tuning is None else tuning.record,
         left_to_reference=left,
     )
+
+
+def accelerated_sampling(pipe: Any) -> "AcceleratedSampling":
+    """What `accelerate` put into a pipeline of the reference.
+
+    Raises:
+        InputError: it is none, or not accelerated.
+    """
+    sampling = vars(_reference_transformer(pipe)).get(METHOD)
+    if sampling is None:
+        raise InputError("this pipeline samples by the reference: call nova.accelerate(pipe) first")
+    return sampling
 
 
 class AcceleratedSampling:
@@ -141,6 +161,7 @@ class AcceleratedSampling:
     Attributes:
         model: this package's, with the reference's own parameters.
         graphs: CUDA graphs of the set loop, or None.
+        tuning: what the model runs by, or None.
         left_to_reference: why the last call was; None: it was not.
     """
 
@@ -152,6 +173,7 @@ class AcceleratedSampling:
         graphs: SetGraphs | None,
     ):
         self.model, self.graphs = model, graphs
+        self.tuning: AppliedTuning | None = None
         self.left_to_reference: str | None = None
         self._transformer, self._original = transformer, original
 
@@ -168,6 +190,10 @@ class AcceleratedSampling:
                 stacklevel=2,
             )
             return self._original(inputs)
+        if self.tuning is not None and not self.tuning.fits(self.model):
+            # The reference's pipeline was moved or converted.
+            self.tuning.undo()
+            self.tuning = None
         guidance = _guidance(inputs)
         batch, num_frames = inputs["x"].shape[0], inputs.get("max_latent_length", 1)
         given, sizes = inputs["latents"], [int(n) for n in inputs["num_preds"] if n > 0]
@@ -182,7 +208,7 @@ class AcceleratedSampling:
                 Conditioning(_all_passes(inputs["c"], batch, guidance), batch),
                 num_frames=num_frames,
                 set_sizes=sizes,
-                schedule=self._schedule(inputs.get("num_diffusion_steps", 25)),
+                schedule=self.schedule(inputs.get("num_diffusion_steps", 25)),
                 guidance=guidance,
                 noise=NoiseSource(
                     inputs.get("generator"),
@@ -204,13 +230,13 @@ class AcceleratedSampling:
         if inputs.get("spatiotemporal_guidance_scale", 0):
             return "spatiotemporal_guidance_scale is not in this package"
         try:
-            self._schedule(inputs.get("num_diffusion_steps", 25))
+            self.schedule(inputs.get("num_diffusion_steps", 25))
             _guidance(inputs)
         except NovaError as error:
             return str(error)
         return None
 
-    def _schedule(self, num_steps: int) -> DiffusionSchedule:
+    def schedule(self, num_steps: int) -> DiffusionSchedule:
         """The table of the scheduler as it is now: a call may have set its shift."""
         scheduler = self._transformer.sample_scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from nova_kernels import block_causal_attention, residual_norm, rotate_heads
 
+from .attention_libraries import TORCH, attend
+
 
 @dataclass
 class Rotary:
@@ -57,11 +59,12 @@ class Attention(nn.Module):
 
     Attributes:
         backend: of the ops, see `nova_kernels.dispatch`.
+        library: of attention without a mask, see `attention_libraries`.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.backend = "auto"
+        self.backend, self.library = "auto", TORCH
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -99,8 +102,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if block_lengths is None or len(block_lengths) == 1:
-            # Nothing is masked: what the best library is for.
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = attend(q, k, v, self.library)
         else:
             prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
             k, v = k[:, :, earlier:], v[:, :, earlier:]

@@ -33,6 +33,7 @@ from .side_stream import SideStream, side_stream
 from .step_hooks import Interrupted, StepCallback, StepProgress, chain
 from .streaming import Piece, decode_beside, decode_in_turn, pixels_of
 from .text import TextEncoder
+from .tuning.tuner import AppliedTuning
 
 # 33 frames, what the released video model was trained for; its time base (16) is longer.
 DEFAULT_LATENT_FRAMES = 9
@@ -64,6 +65,7 @@ class NOVAPipeline:
         self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
         self.graphs: SetGraphs | None = None
+        self.tuning: AppliedTuning | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
 
@@ -155,6 +157,8 @@ class NOVAPipeline:
             for name, module in self._modules().items():
                 if name != "text_encoder" or text_encoder:
                     module.to(device=device, dtype=dtype)
+        if self.tuning is not None and not self.tuning.fits(self.transformer):
+            self.undo_tuning()
         if self.device.type != "cuda":
             self.graphs = None
         elif self.graphs is not None:
@@ -182,9 +186,16 @@ class NOVAPipeline:
         """Drop the graphs."""
         self.graphs = None
 
+    def undo_tuning(self) -> None:
+        """Run again as before `nova.tune`."""
+        if self.tuning is not None:
+            self.tuning.undo()
+        self.tuning = None
+
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep all parts on the CPU, each on `device` only while it works."""
         self._offload_device = check_device(device)
+        self.undo_tuning()
         for module in self._modules().values():
             module.to("cpu")
 
@@ -211,6 +222,12 @@ class NOVAPipeline:
         finally:
             for module in modules:
                 module.to("cpu")
+
+    @contextlib.contextmanager
+    def transformer_on_device(self) -> Iterator[NOVATransformer]:
+        """The transformer, inside on the device where sampling runs, if offloading is on."""
+        with self._working("transformer"):
+            yield self.transformer
 
     # Sampling --------------------------------------------------------------------------------
 

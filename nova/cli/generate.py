@@ -287,6 +287,14 @@ def generate(
             help="Samples made at a time; fewer where memory is too short for so many.",
         ),
     ] = 1,
+    tune: Annotated[
+        bool,
+        _option(
+            "--tune",
+            panel=MACHINE,
+            help="First measure, for some seconds, what is fastest here; kept for the next time.",
+        ),
+    ] = False,
     text_encoder_device: Annotated[
         str | None,
         _option(
@@ -343,6 +351,7 @@ def generate(
     frame_rate(fps)
 
     from ..devices import check_device
+    from ..tuning import tune as tune_pipeline
     from .device import choose_device, choose_dtype
     from .model import ModelFiles, open_pipeline
     from .run import make_samples
@@ -393,6 +402,18 @@ def generate(
         allow_pickle=allow_pickle,
         quiet=quiet,
     )
+    if tune:
+        if not quiet:
+            typer.echo("tuning")
+        record = tune_pipeline(
+            pipeline,
+            batch_size=min(batch_size, len(samples)),
+            num_inference_steps=steps,
+            num_diffusion_steps=diffusion_steps,
+            guidance_scale=guidance,
+        )
+        if not quiet:
+            typer.echo(record)
     start = time.perf_counter()
     made = make_samples(
         pipeline,

@@ -1,0 +1,98 @@
+"""Attention without a mask, by any of the libraries that compute it."""
+
+import importlib.util
+from functools import partial
+from importlib import metadata
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nova_kernels import block_causal_attention
+from nova_kernels.errors import BackendError
+
+TORCH = "torch"  # what torch chooses by itself
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
+    """torch's attention by one of its kernels alone; see `attend`."""
+    try:
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(q, k, v)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch raises for other cards, dtypes and shapes
+        raise BackendError(
+            f"torch's attention kernel {kernel.name} cannot take {q.dtype} of shape "
+            f"{tuple(q.shape)} on {q.device}: {error}"
+        ) from error
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The package flash-attn; see `attend`."""
+    # Imported late: on a machine without CUDA the package may be installed and not importable.
+    from flash_attn import flash_attn_func
+
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise BackendError(f"flash-attn takes float16 and bfloat16, not {q.dtype}")
+    # It has tokens before heads.
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash_attn_func(q, k, v).transpose(1, 2)
+
+
+def triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """This package's kernel, all queries in one block; see `attend`."""
+    # The order of keys does not matter: the last ones take the place of the block's own.
+    earlier = k.shape[2] - q.shape[2]
+    prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
+    own = k[:, :, earlier:], v[:, :, earlier:]
+    return block_causal_attention(q, *own, [q.shape[2]], prefix_kv=prefix, backend="triton")
+
+
+LIBRARIES = {
+    TORCH: F.scaled_dot_product_attention,
+    "flash": partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION),
+    "cudnn": partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION),
+    "efficient": partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION),
+    "math": partial(sdpa, kernel=SDPBackend.MATH),
+    "flash-attn": flash_attn,
+    "triton": triton,
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, library: str = TORCH) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, of all queries and all keys.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k, v: (batch, heads, keys, head_dim), no fewer keys than queries.
+        library: one of `LIBRARIES`.
+
+    Returns:
+        A tensor like q.
+
+    Raises:
+        BackendError: the library cannot compute it for this device, dtype or shape.
+    """
+    return LIBRARIES[library](q, k, v)
+
+
+def installed_libraries(device: torch.device) -> tuple[str, ...]:
+    """Those that there are for a device, torch's choice first; shapes may yet exclude some."""
+    if device.type != "cuda":
+        return (TORCH, "math")
+    names = [TORCH, "flash", "cudnn", "efficient"]
+    if importlib.util.find_spec("flash_attn") is not None:
+        names.append("flash-attn")
+    if importlib.util.find_spec("triton") is not None:
+        names.append("triton")
+    return tuple(names)
+
+
+def flash_attn_version() -> str | None:
+    """Of the installed flash-attn; None: there is none."""
+    try:
+        return metadata.version("flash_attn")
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,141 @@
+"""What there is to choose for a model: libraries, layouts of weights, implementations of ops."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+from torch import nn
+
+from nova_kernels.dispatch import Op, requested
+from nova_kernels.ops.denoise import OP as DENOISE
+from nova_kernels.ops.residual_norm import OP as RESIDUAL_NORM
+from nova_kernels.ops.rope3d import OP as ROPE
+
+from ..attention_libraries import TORCH, installed_libraries
+from ..model import NOVATransformer
+
+AUTO = "auto"
+# How a linear layer's weight (out, in) lies in memory.
+ROWS, COLUMNS = "rows", "columns"
+# Whether what was chosen is used at all.
+DEFAULT, TUNED = "default", "tuned"
+LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+class Stage(Enum):
+    """The part of a step that a choice changes."""
+
+    IMAGE_ENCODER = "image encoder"
+    DENOISE = "denoise loop"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Ways to compute the same.
+
+    Attributes:
+        name: of what is chosen.
+        stage: the part of a step that it changes.
+        candidates: the first is what runs without a choice.
+        set: makes a model run with a candidate.
+        undo: makes it run as before.
+    """
+
+    name: str
+    stage: Stage
+    candidates: tuple[str, ...]
+    set: Callable[[str], None]
+    undo: Callable[[], None]
+
+
+def together(choices: Sequence[Choice], chosen: Sequence[str]) -> Choice:
+    """The choice whether to run by what was chosen at all, of choices of one stage."""
+
+    def set_all(name: str) -> None:
+        for choice, candidate in zip(choices, chosen, strict=True):
+            choice.set(candidate if name == TUNED else choice.candidates[0])
+
+    def undo() -> None:
+        for choice in choices:
+            choice.undo()
+
+    stage = choices[0].stage
+    return Choice(stage.value, stage, (DEFAULT, TUNED), set_all, undo)
+
+
+def choices_of(
+    model: NOVATransformer, device: torch.device, *, layouts: bool = True
+) -> list[Choice]:
+    """All choices with more than one candidate; ops that run by a named backend are none.
+
+    Of the image encoder and the denoise loop alone: the video encoder runs once a frame.
+
+    Args:
+        device: where the model will run.
+        layouts: whether parameters may be replaced by copies in another layout.
+    """
+    blocks = list(model.image_encoder.blocks)
+    attention = [block.attn for block in blocks]
+    library = partial(_set_attribute, attention, "library")
+    choices = [
+        Choice(
+            "attention",
+            Stage.IMAGE_ENCODER,
+            installed_libraries(device),
+            library,
+            partial(library, TORCH),
+        )
+    ]
+    for name in LINEAR_LAYERS if layouts else ():
+        lay_out = partial(_lay_out, [block.get_submodule(name) for block in blocks])
+        choices.append(
+            Choice(
+                f"weights of {name}",
+                Stage.IMAGE_ENCODER,
+                (ROWS, COLUMNS),
+                lay_out,
+                partial(lay_out, ROWS),
+            )
+        )
+    choices.append(_backend_choice(RESIDUAL_NORM, Stage.IMAGE_ENCODER, blocks, device))
+    if model.config.rotary_pos_embed:
+        choices.append(_backend_choice(ROPE, Stage.IMAGE_ENCODER, attention, device))
+    choices.append(_backend_choice(DENOISE, Stage.DENOISE, [model.image_decoder], device))
+    return [choice for choice in choices if len(choice.candidates) > 1]
+
+
+def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torch.device) -> Choice:
+    sample = torch.empty(0, device=device)
+    default = op.choose(AUTO, sample)
+    candidates = [default]
+    if requested(modules[0].backend) == AUTO:
+        candidates += [
+            name
+            for name in ("reference", *op.implementations)
+            if name != default and _competes(op, name, sample)
+        ]
+    choose = partial(_set_attribute, modules, "backend")
+    return Choice(op.name, stage, tuple(candidates), choose, partial(choose, AUTO))
+
+
+def _competes(op: Op, name: str, sample: torch.Tensor) -> bool:
+    if name == "reference":
+        return True
+    interpreted = name == "triton" and sample.device.type != "cuda"
+    return not interpreted and op.obstacle(name, sample) is None
+
+
+def _set_attribute(modules: Iterable[nn.Module], attribute: str, value: str) -> None:
+    for module in modules:
+        setattr(module, attribute, value)
+
+
+def _lay_out(layers: Iterable[nn.Linear], layout: str) -> None:
+    """Give layers new weight parameters with the same values, laid out so."""
+    for layer in layers:
+        weight = layer.weight.detach()
+        laid_out = weight.contiguous() if layout == ROWS else weight.t().contiguous().t()
+        if laid_out.stride() != weight.stride():
+            layer.weight = nn.Parameter(laid_out, requires_grad=layer.weight.requires_grad)

@@ -1,0 +1,106 @@
+"""Candidates take turns on the same work; the fastest one that computes the same is chosen."""
+
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..engine import Recording
+from .choices import Choice
+from .record import Measurement
+
+# Largest difference from the first candidate's output, relative to the largest value.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ROUNDS = 5
+# A time is taken over as many repetitions as last so long.
+LEAST_SECONDS = 0.01
+# A smaller gain may be noise, and is not worth another way to compute.
+LEAST_GAIN = 0.05
+
+
+def measure(
+    choice: Choice,
+    work: Callable[[], Tensor],
+    device: torch.device,
+    *,
+    record: Callable[[Callable[[], Tensor]], Recording] | None = None,
+) -> Measurement:
+    """Time the candidates of a choice, and set the best one.
+
+    Args:
+        work: what they compute.
+        record: times replays of what it records, as CUDA graphs, in place of calls.
+
+    Raises:
+        RuntimeError: of the first candidate, which is what runs without a choice.
+    """
+    seconds: dict[str, list[float]] = {}
+    refused: dict[str, str] = {}
+    expected = None
+    for turn in range(ROUNDS):
+        for name in choice.candidates:
+            if name in refused:
+                continue
+            choice.set(name)
+            try:
+                output, time_of_one = _time(work, device, record)
+            except Exception as problem:  # whatever a compiler or driver raises
+                if expected is None:
+                    raise
+                refused[name] = _in_a_line(problem)
+                continue
+            if turn == 0:
+                expected = output if expected is None else expected
+                difference = _difference(output, expected)
+                if not difference <= TOLERANCES[output.dtype]:
+                    refused[name] = f"differs by {difference:.1e} of the largest value"
+                    continue
+            seconds.setdefault(name, []).append(time_of_one)
+    # The least: whatever else a machine does only adds to it.
+    least = {name: min(times) for name, times in seconds.items() if name not in refused}
+    default, best = choice.candidates[0], min(least, key=least.get)
+    chosen = best if least[best] < (1 - LEAST_GAIN) * least[default] else default
+    choice.set(chosen)
+    return Measurement(choice.name, chosen, least, refused)
+
+
+@torch.inference_mode()
+def _time(
+    work: Callable[[], Tensor],
+    device: torch.device,
+    record: Callable[[Callable[[], Tensor]], Recording] | None,
+) -> tuple[Tensor, float]:
+    """The output of some work, and the seconds that it takes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on why a kernel cannot be used
+        output = work().clone()
+        run = work if record is None else record(work).replay
+    repeats = max(1, round(LEAST_SECONDS / _seconds(run, device, 1)))
+    return output, _seconds(run, device, repeats)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_a_line(problem: Exception) -> str:
+    text = str(problem).strip()
+    kind = type(problem).__name__
+    return f"{kind}: {text.splitlines()[0]}" if text else kind
+
+
+def _difference(output: Tensor, expected: Tensor) -> float:
+    output, expected = output.float(), expected.float()
+    return float((output - expected).abs().max() / expected.abs().max())

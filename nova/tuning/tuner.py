@@ -1,0 +1,212 @@
+"""`nova.tune(pipe)`: measure once, remember, and run by what was fastest."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__
+from ..attention_libraries import flash_attn_version
+from ..devices import out_of_memory
+from ..engine import SetGraphs, cuda_recorder
+from ..errors import InputError
+from ..guidance import Guidance
+from ..model import NOVATransformer
+from ..request import Request
+from ..schedule import DiffusionSchedule, set_sizes
+from .choices import DEFAULT, Choice, Stage, choices_of, together
+from .measuring import measure
+from .record import Measurement, TuningRecord, load_record, save_record
+from .step import MiddleStep
+
+
+class Tunable(Protocol):
+    """What samples: a `NOVAPipeline`, or what `nova.accelerate` puts into the reference's."""
+
+    graphs: SetGraphs | None
+    tuning: "AppliedTuning | None"
+
+
+@dataclass(frozen=True)
+class AppliedTuning:
+    """What a model runs by at present.
+
+    Attributes:
+        device, dtype: of the model when it was tuned.
+    """
+
+    record: TuningRecord
+    choices: tuple[Choice, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def apply(
+        cls, record: TuningRecord, choices: list[Choice], model: NOVATransformer
+    ) -> "AppliedTuning":
+        """Make a model run by what a record says.
+
+        Args:
+            choices: of this model.
+        """
+        chosen = {entry.choice: entry.chosen for entry in record.measurements}
+        for choice in choices:
+            choice.set(chosen[choice.name])
+        return cls(record, tuple(choices), model.device, model.dtype)
+
+    def fits(self, model: NOVATransformer) -> bool:
+        """Whether the model is still where and as it was."""
+        return (self.device, self.dtype) == (model.device, model.dtype)
+
+    def undo(self) -> None:
+        """Make it run as it would without."""
+        for choice in self.choices:
+            choice.undo()
+
+
+def tune(
+    pipe: Any,
+    *,
+    batch_size: int = 1,
+    num_inference_steps: int | None = None,
+    num_diffusion_steps: int | None = None,
+    guidance_scale: float | None = None,
+    measure_again: bool = False,
+) -> TuningRecord:
+    """Choose the attention library, the layout of weights and the ops' implementations.
+
+    Candidates take turns on a step in the middle of a frame, for some seconds. One that is faster
+    by 5 % than what runs by default, and computes the same up to rounding, is taken. What was found
+    is kept in the user's cache folder ($NOVA_CACHE, else ~/.cache/nova-kernels) for the card, the
+    versions and the sizes, so that it is measured once. Print what is returned, or
+    `nova.report(pipe)`, to see it. Moving or converting the pipeline undoes it.
+
+    Implementations that are not verified on a GPU yet are candidates too. With CUDA graphs on
+    (`enable_cuda_graphs`), replays of graphs are timed.
+
+    Args:
+        pipe: a `NOVAPipeline`, or a pipeline after `nova.accelerate` (whose weights are shared, so
+            that their layout stays).
+        batch_size: samples that will be made at a time.
+        num_inference_steps, num_diffusion_steps, guidance_scale: of the calls to come; None: what
+            the checkpoint recommends.
+        measure_again: whether or not there is a record.
+
+    Raises:
+        InputError: a pipeline of the reference that is not accelerated, or numbers below 1.
+        DeviceError: too little memory.
+    """
+    from ..acceleration import accelerated_sampling
+    from ..pipeline import NOVAPipeline
+
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    options = {
+        "num_inference_steps": num_inference_steps,
+        "num_diffusion_steps": num_diffusion_steps,
+        "guidance_scale": guidance_scale,
+    }
+    if isinstance(pipe, NOVAPipeline):
+        request = pipe.generation_config.request(**options)
+        schedule = pipe.scheduler.schedule(request.num_diffusion_steps, request.flow_shift)
+        with pipe.transformer_on_device() as model:
+            run = TunedRun.of(model, request, schedule, batch_size)
+            return tune_sampler(pipe, run, measure_again=measure_again)
+    sampling = accelerated_sampling(pipe)
+    request = Request(**{name: value for name, value in options.items() if value is not None})
+    schedule = sampling.schedule(request.num_diffusion_steps)
+    run = TunedRun.of(sampling.model, request, schedule, batch_size)
+    return tune_sampler(sampling, run, layouts=False, measure_again=measure_again)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """The kind of run that a model is tuned for."""
+
+    model: NOVATransformer
+    schedule: DiffusionSchedule
+    guidance: Guidance
+    set_sizes: list[int]
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls, model: NOVATransformer, request: Request, schedule: DiffusionSchedule, batch_size: int
+    ) -> "TunedRun":
+        """Of a call."""
+        sizes = set_sizes(model.config.num_image_tokens, request.num_inference_steps)
+        return cls(model, schedule, request.guidance, sizes, batch_size)
+
+
+def tune_sampler(
+    sampler: Tunable, run: TunedRun, *, layouts: bool = True, measure_again: bool = False
+) -> TuningRecord:
+    """`tune` for anything that samples.
+
+    Args:
+        layouts: whether the model's parameters may be replaced by copies in another layout.
+    """
+    if sampler.tuning is not None:
+        sampler.tuning.undo()
+        sampler.tuning = None
+    model = run.model
+    choices = choices_of(model, model.device, layouts=layouts)
+    facts = _facts(run, choices, sampler.graphs is not None and model.device.type == "cuda")
+    record = None if measure_again else load_record(facts)
+    if record is None:
+        try:
+            with out_of_memory("tuning", "a smaller batch_size"):
+                record = _measure_all(run, choices, facts)
+        except BaseException:
+            for choice in choices:
+                choice.undo()
+            raise
+        save_record(record)
+    sampler.tuning = AppliedTuning.apply(record, choices, model)
+    return record
+
+
+def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) -> TuningRecord:
+    """One choice after the other, each with those before it as they were made."""
+    step = MiddleStep(run.model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
+    recorder = cuda_recorder() if facts["cuda_graphs"] else None
+    measurements: list[Measurement] = []
+    stages: list[Measurement] = []
+    for stage in Stage:
+        of_stage = [choice for choice in choices if choice.stage is stage]
+        time = partial(
+            measure, work=partial(step.run, stage), device=run.model.device, record=recorder
+        )
+        found = [time(choice) for choice in of_stage]
+        chosen = [entry.chosen for entry in found]
+        defaults = [choice.candidates[0] for choice in of_stage]
+        if chosen != defaults:
+            # Small gains may have been noise: do they add up?
+            stages.append(time(together(of_stage, chosen)))
+            if stages[-1].chosen == DEFAULT:
+                found = [replace(m, chosen=d) for m, d in zip(found, defaults, strict=True)]
+        measurements += found
+    return TuningRecord(facts, tuple(measurements), tuple(stages))
+
+
+def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str, Any]:
+    """What a record holds for, as JSON can hold it."""
+    model = run.model
+    on_gpu = model.device.type == "cuda"
+    cpu = f"{model.device} ({torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else cpu,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "nova": __version__,
+        "torch": str(torch.__version__),
+        "flash_attn": flash_attn_version(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cuda_graphs": cuda_graphs,
+        "geometry": model.config.to_dict(),
+        "batch_size": run.batch_size,
+        "passes": run.guidance.passes,
+        "num_sets": len(run.set_sizes),
+        "num_diffusion_steps": len(run.schedule.timesteps),
+        "choices": {choice.name: list(choice.candidates) for choice in choices},
+    }

@@ -1,0 +1,423 @@
+"""nova.tune: what is measured, chosen, remembered and undone."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from small_models import SMALL, SMALL_ROTARY, repeating_graphs, sample, small_model, small_prompts
+from test_acceleration import StandInPipeline
+from torch import nn
+from typer.testing import CliRunner
+
+import nova
+from nova.attention_libraries import LIBRARIES, attend, installed_libraries
+from nova.cli.app import app
+from nova.errors import DeviceError, InputError
+from nova.guidance import Guidance
+from nova.schedule import FlowMatchConfig, set_sizes
+from nova.tuning import choices, measuring
+from nova.tuning.choices import COLUMNS, ROWS, TUNED, Choice, Stage, choices_of, together
+from nova.tuning.measuring import measure
+from nova.tuning.record import Measurement, TuningRecord, load_record, save_record
+from nova.tuning.step import MiddleStep
+from nova.tuning.tuner import AppliedTuning
+from nova_kernels.errors import BackendError
+
+CPU = torch.device("cpu")
+FAST = {"num_inference_steps": 4, "num_diffusion_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Times of single calls, which are taken without a wait."""
+    monkeypatch.setattr(measuring, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "ROUNDS", 2)
+
+
+@pytest.fixture
+def pipe(tiny_video_folder):
+    return nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+
+
+def prefer(monkeypatch, *preferred):
+    """Make tuning choose these candidates, whatever the clock says."""
+
+    def choose(choice, work, device, *, record=None):
+        chosen = next((name for name in choice.candidates if name in (*preferred, TUNED)), None)
+        chosen = choice.candidates[0] if chosen is None else chosen
+        choice.set(chosen)
+        return Measurement(choice.name, chosen, dict.fromkeys(choice.candidates, 1.0), {})
+
+    monkeypatch.setattr("nova.tuning.tuner.measure", choose)
+
+
+def strides(model):
+    return {name: tensor.stride() for name, tensor in model.state_dict().items()}
+
+
+# Libraries of attention --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [*installed_libraries(CPU), "triton"])
+@pytest.mark.parametrize("queries, keys", [(5, 5), (3, 20)])
+def test_attention_libraries(library, queries, keys):
+    q, k, v = (torch.randn(2, 3, n, 32) for n in (queries, keys, keys))
+    expected = (q.double() @ k.double().mT / 32**0.5).softmax(-1) @ v.double()
+    torch.testing.assert_close(attend(q, k, v, library), expected.float())
+
+
+def test_a_library_that_cannot_says_what_it_was_given():
+    q = torch.randn(1, 2, 4, 32)
+    with pytest.raises(BackendError, match=r"CUDNN_ATTENTION cannot take torch.float32.*on cpu"):
+        attend(q, q, q, "cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_libraries_on_a_gpu(dtype):
+    q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=dtype) for n in (100, 357, 357))
+    expected = (q.double() @ k.double().mT / 8).softmax(-1) @ v.double()
+    for library in installed_libraries(q.device):
+        torch.testing.assert_close(
+            attend(q, k, v, library).double(), expected, atol=2e-2, rtol=2e-2, msg=library
+        )
+
+
+# One choice --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Candidates by how long they take, in milliseconds, and what they compute."""
+
+    def __init__(self, monkeypatch, milliseconds, outputs=None):
+        self.now, self.current = 0.0, None
+        self._seconds = {name: ms / 1e3 for name, ms in milliseconds.items()}
+        self._outputs = outputs or {}
+        monkeypatch.setattr(measuring.time, "perf_counter", lambda: self.now)
+        self.choice = Choice(
+            "how", Stage.DENOISE, tuple(milliseconds), self._set, partial(self._set, None)
+        )
+
+    def _set(self, name):
+        self.current = name
+
+    def work(self):
+        self.now += self._seconds[self.current]
+        output = self._outputs.get(self.current, 1.0)
+        if isinstance(output, Exception):
+            raise output
+        return torch.full((3,), output)
+
+
+def test_the_fastest_is_chosen(monkeypatch):
+    clock = Clock(monkeypatch, {"first": 10.0, "slow": 20.0, "fast": 5.0})
+    found = measure(clock.choice, clock.work, CPU)
+    assert found.chosen == clock.current == "fast" and not found.refused
+    assert found.seconds == pytest.approx({"first": 0.01, "slow": 0.02, "fast": 0.005})
+    assert str(found) == "how: fast (fast 5 ms; first 10 ms; slow 20 ms)"
+
+
+def test_a_small_gain_changes_nothing(monkeypatch):
+    clock = Clock(monkeypatch, {"first": 10.0, "little": 9.6})
+    assert measure(clock.choice, clock.work, CPU).chosen == clock.current == "first"
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        (1.5, "differs by 5.0e-01 of the largest value"),
+        (float("nan"), "differs by nan of the largest value"),
+        (BackendError("no such card\nmore"), "BackendError: no such card"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_computes_something_else_is_refused(monkeypatch, output, reason):
+    clock = Clock(monkeypatch, {"first": 10.0, "wrong": 1.0}, {"wrong": output})
+    found = measure(clock.choice, clock.work, CPU)
+    assert found.chosen == clock.current == "first" and found.refused == {"wrong": reason}
+    assert list(found.seconds) == ["first"]
+
+
+def test_what_fails_by_default_is_an_error(monkeypatch):
+    clock = Clock(monkeypatch, {"first": 10.0, "other": 1.0}, {"first": RuntimeError("broken")})
+    with pytest.raises(RuntimeError, match="broken"):
+        measure(clock.choice, clock.work, CPU)
+
+
+def test_what_is_recorded_is_timed():
+    replays = []
+
+    class Recorded:
+        def __init__(self, work):
+            self.work = work
+
+        def replay(self):
+            replays.append(None)
+
+    choice = Choice("how", Stage.DENOISE, ("only",), lambda name: None, lambda: None)
+    measure(choice, lambda: torch.ones(1), CPU, record=Recorded)
+    assert len(replays) >= 2 * measuring.ROUNDS
+
+
+# A model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_all_candidates_of_a_model_compute_the_same(steps):
+    model = small_model(SMALL_ROTARY)
+    before, expected_sample = strides(model), sample(model)
+    for guidance in (Guidance(scale=1.0), Guidance(scale=3.0, image_scale=1.5)):
+        schedule = FlowMatchConfig().schedule(3)
+        step = MiddleStep(model, schedule, guidance, set_sizes(16, steps), 2)
+        assert step.set_size > 0
+        for choice in choices_of(model, CPU):
+            choice.set(choice.candidates[0])
+            expected = step.run(choice.stage)
+            for candidate in choice.candidates[1:]:
+                choice.set(candidate)
+                torch.testing.assert_close(step.run(choice.stage), expected, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(sample(model), expected_sample, atol=1e-3, rtol=1e-3)
+            choice.undo()
+    assert strides(model) == before and torch.equal(sample(model), expected_sample)
+
+
+def test_choices_of_a_model():
+    model = small_model(SMALL_ROTARY)
+    names = [choice.name for choice in choices_of(model, CPU)]
+    assert names[:2] == ["attention", "weights of attn.qkv"]
+    assert not any("weights" in c.name for c in choices_of(model, CPU, layouts=False))
+    for choice in choices_of(model, CPU):
+        assert "triton" not in choice.candidates  # interpreted on a CPU
+    model.set_backend("reference")  # named: nothing to choose
+    assert {c.name for c in choices_of(model, CPU)}.isdisjoint({"denoise", "rope3d"})
+
+
+def test_together():
+    model = small_model()
+    of_stage = [c for c in choices_of(model, CPU) if c.stage is Stage.IMAGE_ENCODER]
+    before = strides(model)
+    all_of_them = together(of_stage, [choice.candidates[-1] for choice in of_stage])
+    all_of_them.set("tuned")
+    assert model.image_encoder.blocks[0].attn.library == "math"
+    assert model.image_encoder.blocks[-1].mlp.fc2.weight.stride()[0] == 1
+    all_of_them.set("default")
+    assert strides(model) == before
+    assert model.image_encoder.blocks[0].attn.library == "torch"
+
+
+def test_another_library_or_layout_is_recorded_anew():
+    model, graphs = small_model(), repeating_graphs()
+    sample(model, graphs=graphs)
+    before = len(graphs)
+    for choice in choices_of(model, CPU)[:2]:
+        choice.set(choice.candidates[1])
+        result = sample(model, graphs=graphs)
+        assert torch.equal(result, sample(model))
+    assert graphs.failure is None and len(graphs) >= before
+
+
+# A pipeline --------------------------------------------------------------------------------------
+
+
+def frames_of(pipe):
+    generator = torch.Generator().manual_seed(1)
+    options = {**FAST, "max_latent_length": 2, "output_type": "pt"}
+    return pipe("a cat", generator=generator, **options).frames
+
+
+def test_tune_by_the_clock(pipe):
+    before = frames_of(pipe)
+    record = nova.tune(pipe, batch_size=2, **FAST)
+    assert {entry.choice for entry in record.measurements} == record.facts["choices"].keys()
+    for entry in record.measurements:
+        assert entry.chosen in entry.seconds and not entry.refused
+    assert nova.report(pipe).tuning is record and str(record) in str(nova.report(pipe))
+    torch.testing.assert_close(frames_of(pipe), before, atol=2e-3, rtol=0)
+
+
+def test_what_was_chosen_is_used_until_it_is_undone(pipe, monkeypatch):
+    prefer(monkeypatch, "math", COLUMNS, "reference")
+    before, model = strides(pipe.transformer), pipe.transformer
+    nova.tune(pipe, **FAST)
+    block = model.image_encoder.blocks[0]
+    assert block.attn.library == "math" and model.image_decoder.backend == "reference"
+    assert block.attn.qkv.weight.stride() == (1, block.attn.qkv.out_features)
+    assert set(type(p) for p in block.parameters()) == {nn.Parameter}
+    pipe.to("cpu")  # nothing moves
+    assert pipe.tuning is not None
+    pipe.to(torch.float64)
+    assert pipe.tuning is None and nova.report(pipe).tuning is None
+    assert strides(model) == before and block.attn.library == "torch"
+    assert model.image_decoder.backend == "auto"
+
+
+def test_offloading_undoes_it(pipe, monkeypatch):
+    prefer(monkeypatch, "math")
+    nova.tune(pipe, **FAST)
+    pipe.enable_model_cpu_offload("cpu")
+    assert pipe.tuning is None
+    nova.tune(pipe, **FAST)
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "math"
+
+
+def test_a_saved_pipeline_is_laid_out_as_usual(pipe, monkeypatch, tmp_path):
+    prefer(monkeypatch, COLUMNS)
+    nova.tune(pipe, **FAST)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = nova.NOVAPipeline.from_pretrained(tmp_path / "saved").transformer
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor)
+
+
+def test_gains_that_do_not_add_up_are_not_kept(pipe, monkeypatch):
+    measured = []
+
+    def choose(choice, work, device, *, record=None):
+        measured.append(choice.name)
+        chosen = choice.candidates[-1] if choice.name != Stage.IMAGE_ENCODER.value else "default"
+        return Measurement(choice.name, chosen, {chosen: 1.0}, {})
+
+    monkeypatch.setattr("nova.tuning.tuner.measure", choose)
+    record = nova.tune(pipe, **FAST)
+    assert Stage.IMAGE_ENCODER.value in measured
+    chosen = {entry.choice: entry.chosen for entry in record.measurements}
+    assert chosen["attention"] == "torch" and chosen["weights of mlp.fc1"] == ROWS
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
+
+
+def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypatch):
+    before = strides(pipe.transformer)
+
+    def fail(choice, *_, **__):
+        choice.set(choice.candidates[-1])
+        if choice.name == "weights of mlp.fc1":
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("nova.tuning.tuner.measure", fail)
+    with pytest.raises(DeviceError, match="smaller batch_size"):
+        nova.tune(pipe, **FAST)
+    assert pipe.tuning is None and strides(pipe.transformer) == before
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
+
+
+def test_bad_sizes(pipe):
+    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
+        nova.tune(pipe, batch_size=0)
+    with pytest.raises(InputError, match="num_inference_steps"):
+        nova.tune(pipe, num_inference_steps=0)
+    with pytest.raises(InputError, match="num_diffusion_steps"):
+        nova.tune(pipe, num_diffusion_steps=0)
+
+
+def test_a_pipeline_of_the_reference():
+    pipe = StandInPipeline()
+    nova.accelerate(pipe)
+    before = strides(pipe.transformer)
+    record = nova.tune(pipe, **FAST)
+    assert not any("weights" in name for name in record.facts["choices"])
+    assert strides(pipe.transformer) == before and nova.report(pipe).tuning is record
+    pipe(small_prompts(SMALL, 2), **FAST, max_latent_length=2)
+    assert nova.report(pipe).tuning is record
+    pipe.transformer.double()
+    pipe(small_prompts(SMALL, 2), **FAST, max_latent_length=2)
+    assert nova.report(pipe).tuning is None
+    nova.restore(pipe)
+    with pytest.raises(InputError, match="nova.accelerate"):
+        nova.tune(pipe, **FAST)
+
+
+# The cache ---------------------------------------------------------------------------------------
+
+
+def files_of(cache):
+    return list((cache / "tuning").glob("*.json"))
+
+
+def test_measured_once(pipe, cache, monkeypatch):
+    first = nova.tune(pipe, **FAST)
+    assert len(files_of(cache)) == 1
+    monkeypatch.setattr("nova.tuning.tuner.measure", None)
+    assert nova.tune(pipe, **FAST) == first
+    with pytest.raises(TypeError):
+        nova.tune(pipe, **FAST, measure_again=True)
+    for other in ({"batch_size": 2}, {"num_diffusion_steps": 5}, {"guidance_scale": 1.0}):
+        with pytest.raises(TypeError):
+            nova.tune(pipe, **{**FAST, **other})
+
+
+RECORD = TuningRecord(
+    {"batch_size": 1, "dtype": "float32", "device": "cpu", "choices": {"how": ["a", "b"]}},
+    (Measurement("how", "b", {"a": 0.002, "b": 0.001}, {"c": "fails"}),),
+    (),
+)
+
+
+def test_a_record_comes_back():
+    assert load_record(RECORD.facts) is None
+    save_record(RECORD)
+    assert load_record(RECORD.facts) == RECORD
+    assert str(RECORD) == (
+        "tuned for batch 1, float32, on cpu\n  how: b (b 1 ms; a 2 ms; c: fails)"
+    )
+    assert load_record({**RECORD.facts, "batch_size": 2}) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"measurements"', '"other"'),
+        lambda text: text.replace('"chosen": "b"', '"chosen": "c"'),
+        lambda text: text.replace('"refused"', '"unknown"'),
+        lambda text: text.replace('"batch_size": 1', '"batch_size": 3'),
+    ],
+)
+def test_a_damaged_record_is_none(cache, damage):
+    save_record(RECORD)
+    (file,) = files_of(cache)
+    damaged = damage(file.read_text())
+    assert damaged != file.read_text()
+    file.write_text(damaged)
+    assert load_record(RECORD.facts) is None
+
+
+def test_records_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="set NOVA_CACHE to a folder"):
+        save_record(RECORD)
+
+
+def test_records_hold_what_json_holds(pipe, cache):
+    facts = nova.tune(pipe, **FAST).facts
+    (file,) = files_of(cache)
+    assert json.loads(file.read_text())["facts"] == facts
+
+
+def test_applied_tuning_fits_where_it_was_made():
+    model = small_model()
+    applied = AppliedTuning.apply(replace(RECORD, measurements=()), [], model)
+    assert applied.fits(model) and not applied.fits(model.to(torch.float64))
+
+
+def test_nova_generate_tune(tiny_video_folder, tmp_path, cache):
+    arguments = ["generate", "a cat", "--model", str(tiny_video_folder), "--tune", "--steps", "4"]
+    arguments += ["--diffusion-steps", "3", "--latents", "2", "--out", str(tmp_path / "cat.gif")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "tuned for batch 1" in result.output and len(files_of(cache)) == 1
+
+
+def test_every_library_has_a_name_in_the_tables():
+    assert set(installed_libraries(torch.device("cuda"))) <= set(LIBRARIES)
+    assert choices.LINEAR_LAYERS == ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
