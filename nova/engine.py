@@ -214,7 +214,7 @@ def _kind(steps: SetSteps, cond: Tensor, order: TokenOrder) -> Hashable:
         steps.schedule,
         steps.guidance,
         tuple(module.backend for module in steps.model.modules() if hasattr(module, "backend")),
-        tuple(block.attn.library for block in steps.model.image_encoder.blocks),
+        tuple(block.attn.attention_library for block in steps.model.image_encoder.blocks),
         tuple(parameter.data_ptr() for parameter in steps.model.parameters()),
     )
 

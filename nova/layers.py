@@ -59,12 +59,12 @@ class Attention(nn.Module):
 
     Attributes:
         backend: of the ops, see `nova_kernels.dispatch`.
-        library: of attention without a mask, see `attention_libraries`.
+        attention_library: of attention without a mask, see `attention_libraries`.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.backend, self.library = "auto", TORCH
+        self.backend, self.attention_library = "auto", TORCH
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if block_lengths is None or len(block_lengths) == 1:
-            out = attend(q, k, v, self.library)
+            out = attend(q, k, v, self.attention_library)
         else:
             prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
             k, v = k[:, :, earlier:], v[:, :, earlier:]

@@ -10,7 +10,7 @@ from card_facts import parse_card_facts
 from ceilings import Ceilings, measure_ceilings
 from fps_measure import measure, run_samplers
 from fps_plot import plot
-from fps_samplers import COMPILED, EXACT, PLAIN, CompiledSampler, make_samplers
+from fps_samplers import COMPILED, EXACT, GRAPHS, PLAIN, TUNED, CompiledSampler, make_samplers
 from fps_table import PUBLISHED, captions, print_tables
 from fps_vae import IMAGE_VAE, decode_seconds, make_vae
 from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
@@ -135,6 +135,18 @@ def test_compiled_sampler(monkeypatch):
     assert all(options == {"dynamic": True} for _, options in compiled)
     ours = {id(module) for module in run._model.modules()}
     assert not any(id(module) in ours for module, _ in compiled)
+
+
+def test_tuned_sampler(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
+    run, sampler = tiny_run(), make_samplers(CPU, tuned=True)[TUNED]
+    before = {name: tensor.stride() for name, tensor in run._model.state_dict().items()}
+    torch.testing.assert_close(run.sample(sampler), run.sample(generate_frames))
+    first = sampler.tuning
+    run.sample(sampler)
+    assert sampler.tuning is first and capsys.readouterr().err.count("tuned for batch 1") == 1
+    # The other samplers go on with the model as it was.
+    assert before == {name: tensor.stride() for name, tensor in run._model.state_dict().items()}
 
 
 def test_share_weights():
@@ -298,6 +310,7 @@ def test_command_on_a_gpu(tmp_path, monkeypatch):
     file = tmp_path / "fps.json"
     command = "fps.py --geometry tiny-video --batch 1 --steps 4 --repeats 1 --dtype float32"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(file)])
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
     assert fps.main() == 0
     content = json.loads(file.read_text())
-    assert [row["sampler"] for row in content["rows"]] == [PLAIN, COMPILED, EXACT, "graphs"]
+    assert [row["sampler"] for row in content["rows"]] == [PLAIN, COMPILED, EXACT, GRAPHS, TUNED]

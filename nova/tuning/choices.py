@@ -78,7 +78,7 @@ def choices_of(
     """
     blocks = list(model.image_encoder.blocks)
     attention = [block.attn for block in blocks]
-    library = partial(_set_attribute, attention, "library")
+    library = partial(_set_attribute, attention, "attention_library")
     choices = [
         Choice(
             "attention",
