@@ -11,7 +11,7 @@ from shared_weights import share_weights
 from torch import Tensor
 
 from nova.conditioning import Conditioning
-from nova.engine import SetGraphs
+from nova.engine import SamplingGraphs
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
@@ -52,7 +52,7 @@ class TunedSampler:
     """The exact sampler after `nova.tune`, from CUDA graphs on a GPU."""
 
     def __init__(self, device: torch.device):
-        self.graphs = SetGraphs() if device.type == "cuda" else None
+        self.graphs = SamplingGraphs() if device.type == "cuda" else None
         self.tuning: AppliedTuning | None = None
         self._model: NOVATransformer | None = None
         self._tuned: NOVATransformer | None = None
@@ -105,7 +105,7 @@ def make_samplers(
         samplers[COMPILED] = CompiledSampler()
     samplers[EXACT] = generate_frames
     if device.type == "cuda":
-        samplers[GRAPHS] = partial(generate_frames, graphs=SetGraphs())
+        samplers[GRAPHS] = partial(generate_frames, graphs=SamplingGraphs())
     if tuned:
         samplers[TUNED] = TunedSampler(device)
     if against is not None:

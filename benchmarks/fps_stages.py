@@ -20,6 +20,7 @@ from nova.denoising import SetNoise
 from nova.model import NOVATransformer
 from nova.sampling import generate_frames
 from nova.set_step import FrameTensors, SetNumbers, SetSteps
+from nova.video_context import VideoContext
 
 STAGES = (VIDEO_ENCODER, IMAGE_ENCODER, DENOISE, REST)
 
@@ -115,9 +116,13 @@ class TimedSampler:
     def __init__(self, clock: StageClock):
         self._clock = clock
 
-    def for_run(self, steps: SetSteps) -> SetSteps:
+    def steps(self, steps: SetSteps) -> SetSteps:
         """The steps of a run, where the sampler would take them from CUDA graphs."""
         return TimedSteps(steps, self._clock)
+
+    def video_context(self, *run: Any) -> VideoContext:
+        """The frame loop's state, where the sampler would take it from CUDA graphs."""
+        return VideoContext(*run)
 
     def __call__(
         self, model: NOVATransformer, conditioning: Conditioning, **options: Any

@@ -22,7 +22,7 @@ from nova_kernels.dispatch import check_backend
 from .checkpoint import load_strict
 from .conditioning import Conditioning
 from .config import ModelConfig
-from .engine import SetGraphs
+from .engine import SamplingGraphs
 from .errors import InputError, NovaError
 from .guidance import Guidance
 from .model import NOVATransformer
@@ -59,7 +59,7 @@ def accelerate(pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False) -
     transformer = _reference_transformer(pipe)
     model = _shared_model(transformer)
     model.set_backend(backend)
-    graphs = SetGraphs() if cuda_graphs else None
+    graphs = SamplingGraphs() if cuda_graphs else None
     restore(pipe)
     original = getattr(transformer, METHOD)
     setattr(transformer, METHOD, AcceleratedSampling(transformer, model, original, graphs))
@@ -82,7 +82,7 @@ class SamplingReport:
         device, dtype: of the transformer.
         backend: that was asked for.
         graphs: CUDA graphs recorded so far; None: not used.
-        graphs_failure: why no more are recorded.
+        graphs_failure: of which part none are recorded, and why.
         tuning: what `nova.tune` chose.
         left_to_reference: why the last call was the reference's all the same.
     """
@@ -100,10 +100,10 @@ class SamplingReport:
         if not self.accelerated:
             return f"sampling: the reference's, {self.dtype} on {self.device}"
         lines = [f"sampling: nova, {self.dtype} on {self.device}, ops by backend={self.backend!r}"]
-        if self.graphs_failure is not None:
-            lines.append(f"CUDA graphs: off, {self.graphs_failure}")
-        elif self.graphs is not None:
+        if self.graphs is not None:
             lines.append(f"CUDA graphs: {self.graphs} recorded")
+        if self.graphs_failure is not None:
+            lines.append(f"no CUDA graphs of {self.graphs_failure}")
         if self.tuning is not None:
             lines.append(str(self.tuning))
         if self.left_to_reference is not None:
@@ -160,7 +160,7 @@ class AcceleratedSampling:
 
     Attributes:
         model: this package's, with the reference's own parameters.
-        graphs: CUDA graphs of the set loop, or None.
+        graphs: CUDA graphs of set loop and video encoder, or None.
         tuning: what the model runs by, or None.
         left_to_reference: why the last call was; None: it was not.
     """
@@ -170,7 +170,7 @@ class AcceleratedSampling:
         transformer: nn.Module,
         model: NOVATransformer,
         original: Callable[[dict[str, Any]], None],
-        graphs: SetGraphs | None,
+        graphs: SamplingGraphs | None,
     ):
         self.model, self.graphs = model, graphs
         self.tuning: AppliedTuning | None = None

@@ -53,6 +53,10 @@ class KeyValueCache:
         self._values[:, :, start : self.length] = values
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; the buffers stay."""
+        self.length = length
+
 
 class Attention(nn.Module):
     """Multi-head attention; qkv output is laid out (3, heads, head_dim).

@@ -18,7 +18,7 @@ from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
 from .devices import PeakMemory, check_device, free_memory, out_of_memory
-from .engine import SetGraphs
+from .engine import SamplingGraphs
 from .errors import DeviceError, InputError
 from .folders import LOAD, load_parts, save_parts
 from .generation_config import GenerationConfig
@@ -64,7 +64,7 @@ class NOVAPipeline:
         self.text_encoder = text_encoder
         self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
-        self.graphs: SetGraphs | None = None
+        self.graphs: SamplingGraphs | None = None
         self.tuning: AppliedTuning | None = None
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
@@ -166,7 +166,7 @@ class NOVAPipeline:
         return self
 
     def enable_cuda_graphs(self) -> None:
-        """Record the steps of the set loop into CUDA graphs when they first run, and replay them.
+        """Record the set loop and the video encoder into CUDA graphs as they run, and replay them.
 
         That takes away the time of hundreds of launches a step, which is most of it in small
         batches. Graphs are kept for calls of the same sizes and sampler settings, and take memory;
@@ -180,7 +180,7 @@ class NOVAPipeline:
                 f"CUDA graphs need a GPU, and this pipeline is on {self.device}; move it first: "
                 'pipe.to("cuda")'
             )
-        self.graphs = SetGraphs()
+        self.graphs = SamplingGraphs()
 
     def disable_cuda_graphs(self) -> None:
         """Drop the graphs."""

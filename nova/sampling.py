@@ -6,6 +6,7 @@ saves is listed in docs/sampling.md. All that a run remembers is in `VideoContex
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .denoising import NoisyTokens, SetNoise
-from .engine import SetGraphs
+from .engine import SamplingGraphs
 from .errors import InputError
 from .guidance import Guidance
 from .head import PreparedHead
@@ -56,7 +57,7 @@ def generate_frames(
     given_latents: Tensor | None = None,
     context_frames: int | None = None,
     on_set_end: OnSetEnd | None = None,
-    graphs: SetGraphs | None = None,
+    graphs: SamplingGraphs | None = None,
 ) -> Iterator[Tensor]:
     """Generate the frames of a batch of clips, one after the other.
 
@@ -70,7 +71,8 @@ def generate_frames(
             trained range (absolute) or counted on (rotary), as the reference does.
         on_set_end: called after every step; what it returns, if not None, replaces the latents
             of the frame so far (B, channels, h, w).
-        graphs: replay the steps of the set loop from CUDA graphs, which are recorded into it.
+        graphs: replay the video encoder and the steps of the set loop from CUDA graphs, which are
+            recorded into it.
 
     Yields:
         (B, channels, h, w) latents of every generated frame.
@@ -87,32 +89,34 @@ def generate_frames(
             model.image_decoder, torch.tensor(schedule.timesteps, device=model.device)
         )
         steps = SetSteps(model, head, schedule, guidance)
-        if graphs is not None:
-            steps = graphs.for_run(steps)
+        if graphs is None:
+            context = VideoContext(model, conditioning, guidance, window)
+        else:
+            steps = graphs.steps(steps)
+            context = graphs.video_context(model, conditioning, guidance, window)
         order: TokenOrder | None = None
-        context: VideoContext | None = None
-    while len(history) < num_frames:
-        with torch.inference_mode():
-            if context is None or context.num_seen == window:
-                start = history if len(history) < window else history[-(window // 2) :]
-                context = VideoContext(model, conditioning, guidance, window)
-                cond = context.start(start)
-            else:
-                cond = context.advance(history[-1])
-            if order is None:
-                order = TokenOrder.draw(model, noise, guidance.passes)
-            latents = generate_frame(
-                steps,
-                cond,
-                order,
-                set_sizes=set_sizes,
-                noise=noise,
-                frame=len(history),
-                on_set_end=on_set_end,
-            )
-        # A clone made outside inference mode is an ordinary tensor: callers may edit it.
-        history.append(latents.clone())
-        yield history[-1]
+    with closing(context):
+        while len(history) < num_frames:
+            with torch.inference_mode():
+                if context.num_seen in (0, window):
+                    is_full = len(history) >= window
+                    cond = context.start(history[-(window // 2) :] if is_full else history)
+                else:
+                    cond = context.advance(history[-1])
+                if order is None:
+                    order = TokenOrder.draw(model, noise, guidance.passes)
+                latents = generate_frame(
+                    steps,
+                    cond,
+                    order,
+                    set_sizes=set_sizes,
+                    noise=noise,
+                    frame=len(history),
+                    on_set_end=on_set_end,
+                )
+            # A clone made outside inference mode is an ordinary tensor: callers may edit it.
+            history.append(latents.clone())
+            yield history[-1]
 
 
 def _given_frames(

@@ -7,7 +7,7 @@ import torch
 
 from nova.conditioning import Conditioning
 from nova.config import EncoderConfig, ModelConfig, named_config
-from nova.engine import SetGraphs
+from nova.engine import SamplingGraphs
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.noise import NoiseSource
@@ -87,6 +87,6 @@ class Repeated:
         self.output.copy_(self._work())
 
 
-def repeating_graphs() -> SetGraphs:
+def repeating_graphs() -> SamplingGraphs:
     """Graphs of a stand-in that needs no GPU."""
-    return SetGraphs(lambda: Repeated)
+    return SamplingGraphs(lambda: Repeated)

@@ -24,6 +24,7 @@ from nova.tuning.measuring import measure
 from nova.tuning.record import Measurement, TuningRecord, load_record, save_record
 from nova.tuning.step import MiddleStep
 from nova.tuning.tuner import AppliedTuning
+from nova_kernels.cpp_kernels import extension
 from nova_kernels.errors import BackendError
 
 CPU = torch.device("cpu")
@@ -222,7 +223,7 @@ def test_another_library_or_layout_is_recorded_anew():
         before = len(made)
         choice.set(choice.candidates[1])
         assert torch.equal(sample(model, graphs=graphs), sample(model))
-        assert len(made) == before + 4  # all steps of a frame
+        assert len(made) == before + 7  # all steps of a frame, all passes over frames
     assert graphs.failure is None
 
 
@@ -245,6 +246,7 @@ def test_tune_by_the_clock(pipe):
     torch.testing.assert_close(frames_of(pipe), before, atol=2e-3, rtol=0)
 
 
+@pytest.mark.skipif(extension.obstacle() is not None, reason="no other backend to choose")
 def test_what_was_chosen_is_used_until_it_is_undone(pipe, monkeypatch):
     prefer(monkeypatch, "math", COLUMNS, "reference")
     before, model = strides(pipe.transformer), pipe.transformer

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..engine import Recording
+from ..graph_recording import Recorder
 from .choices import Choice
 from .record import Measurement
 
@@ -25,7 +25,7 @@ def measure(
     work: Callable[[], Tensor],
     device: torch.device,
     *,
-    record: Callable[[Callable[[], Tensor]], Recording] | None = None,
+    record: Recorder | None = None,
 ) -> Measurement:
     """Time the candidates of a choice, and set the best one.
 
@@ -70,7 +70,7 @@ def measure(
 def _time(
     work: Callable[[], Tensor],
     device: torch.device,
-    record: Callable[[Callable[[], Tensor]], Recording] | None,
+    record: Recorder | None,
 ) -> tuple[Tensor, float]:
     """The output of some work, and the seconds that it takes."""
     with warnings.catch_warnings():

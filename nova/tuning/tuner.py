@@ -9,8 +9,9 @@ import torch
 from .. import __version__
 from ..attention_libraries import flash_attn_version
 from ..devices import out_of_memory
-from ..engine import SetGraphs, cuda_recorder
+from ..engine import SamplingGraphs
 from ..errors import InputError
+from ..graph_recording import cuda_recorder
 from ..guidance import Guidance
 from ..model import NOVATransformer
 from ..request import Request
@@ -24,7 +25,7 @@ from .step import MiddleStep
 class Tunable(Protocol):
     """What samples: a `NOVAPipeline`, or what `nova.accelerate` puts into the reference's."""
 
-    graphs: SetGraphs | None
+    graphs: SamplingGraphs | None
     tuning: "AppliedTuning | None"
 
 

@@ -1,0 +1,66 @@
+"""What is recorded for one part of sampling, kept from run to run."""
+
+import warnings
+from collections.abc import Callable, Hashable, Sized
+from typing import Generic, TypeVar
+
+from .graph_recording import Recorder
+from .model import NOVATransformer
+
+Recorded = TypeVar("Recorded", bound=Sized)
+
+
+class GraphCache(Generic[Recorded]):
+    """The graphs of one part of sampling, for one kind of run at a time; another drops them.
+
+    Args:
+        part: its name, for warnings.
+        recorder: gives what records, when it is first needed.
+
+    Attributes:
+        failure: why it is no longer recorded; None as long as it is.
+    """
+
+    def __init__(self, part: str, recorder: Callable[[], Recorder]):
+        self.failure: str | None = None
+        self._part, self._recorder = part, recorder
+        self._key: Hashable = None
+        self._recorded: Recorded | None = None
+
+    def __len__(self) -> int:
+        """Number of graphs."""
+        return 0 if self._recorded is None else len(self._recorded)
+
+    def get(self, key: Hashable, make: Callable[[Recorder], Recorded]) -> Recorded:
+        """What is recorded for runs of the kind `key`, made anew if the last was of another."""
+        if self._recorded is None or key != self._key:
+            # The old ones go first: there may not be memory for both.
+            self._recorded = None
+            self._recorded = make(self._recorder())
+            self._key = key
+        return self._recorded
+
+    def clear(self) -> None:
+        """Drop all graphs and their memory; a failure is forgotten too."""
+        self._key, self._recorded, self.failure = None, None, None
+
+    def give_up(self, reason: str) -> None:
+        """Record no more, and say so."""
+        self.clear()
+        self.failure = reason
+        warnings.warn(
+            f"CUDA graphs of the {self._part} are off, sampling goes on without them: {reason}",
+            stacklevel=2,
+        )
+
+
+def weights_key(model: NOVATransformer) -> Hashable:
+    """What graphs depend on in a model: where its weights are, and which kernels it runs by."""
+    modules = list(model.modules())
+    return (
+        tuple(module.backend for module in modules if hasattr(module, "backend")),
+        tuple(
+            module.attention_library for module in modules if hasattr(module, "attention_library")
+        ),
+        tuple(parameter.data_ptr() for parameter in model.parameters()),
+    )
