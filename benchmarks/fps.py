@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action=switch, help="also plain with torch.compile; default: on a GPU")
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
+    add("--text", action=switch, help="time the text encoder too; default: on a GPU")
     add("--vae", action=switch, help="decode too, whole videos; default: on a GPU")
     add("--stages", action=switch, default=True, help="measure stages in a run of their own")
     add("--repeats", type=int, help="timed runs of each sampler")
@@ -72,6 +73,7 @@ def main() -> int:
             geometries=arguments.geometry,
             model=arguments.model,
             batches=arguments.batch,
+            text=arguments.text,
             vae=arguments.vae,
             num_frames=arguments.latents,
             num_steps=arguments.steps,

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from ceilings import Ceilings
-from fps_samplers import EXACT, PLAIN, STARTING_UP
+from fps_samplers import EXACT, PLAIN, STARTING_UP, TUNED
 from fps_stages import stage_seconds
+from fps_text import make_text_encoder, text_seconds
 from fps_vae import decode_seconds, make_vae
 from fps_workloads import Workload
 from measure import peak_memory_bytes, relative_error, reset_peak_memory, synchronize
 from random_model import RandomModelRun
 from torch import Tensor
-from work_counts import VAE, total
+from work_counts import TEXT, VAE, total
 
 # Outputs of all samplers must agree with plain's to this relative error.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -173,7 +174,17 @@ def measure(
         warm_up=workload.warm_up,
         seconds=seconds,
     )
-    vae_s = None
+    text_s = vae_s = None
+    if workload.text is not None:
+        encoder = make_text_encoder(
+            workload.text,
+            device,
+            dtype,
+            max_length=run.config.text_token_len,
+            checkpoint=workload.checkpoint,
+        )
+        text_s = text_seconds(encoder, run, device, workload.repeats)
+        del encoder
     if workload.vae is not None:
         vae = make_vae(workload.vae, device, dtype, workload.checkpoint)
         vae_s = decode_seconds(vae, latents, device, workload.repeats)
@@ -191,6 +202,8 @@ def measure(
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "backend": backend,
+        "text": workload.text,
+        "text_s": text_s,
         "vae": workload.vae,
         "vae_s": vae_s,
         "tolerance": TOLERANCES[dtype],
@@ -204,11 +217,13 @@ def measure(
         {"sampler": name, **shared, **_figures(runs, frames, plain_s, shared)}
         for name, runs in seen.items()
     ]
+    if TUNED in samplers:
+        tuned = next(row for row in rows if row["sampler"] == TUNED)
+        tuned["chosen"] = samplers[TUNED].chosen
     if stages and seen[EXACT].refused is None:
         exact = next(row for row in rows if row["sampler"] == EXACT)
-        exact["stages_s"] = stage_seconds(run, device)
-        if vae_s is not None:
-            exact["stages_s"][VAE] = vae_s
+        stages_s = {TEXT: text_s, **stage_seconds(run, device), VAE: vae_s}
+        exact["stages_s"] = {name: s for name, s in stages_s.items() if s is not None}
     return rows
 
 

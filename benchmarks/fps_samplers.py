@@ -57,6 +57,13 @@ class TunedSampler:
         self._model: NOVATransformer | None = None
         self._tuned: NOVATransformer | None = None
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """What `nova.tune` chose, by choice; empty before the first run."""
+        if self.tuning is None:
+            return {}
+        return {entry.choice: entry.chosen for entry in self.tuning.record.measurements}
+
     def __call__(
         self,
         model: NOVATransformer,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fps_text import PHI_2, SIZES
 from fps_vae import IMAGE_VAE
 
 from nova.checkpoint import find_folder, read_json
@@ -26,6 +27,7 @@ class Workload:
         batches: batch sizes.
         repeats: timed runs of each sampler.
         warm_up: whether a run of each sampler goes before the timed ones.
+        text: name for `fps_text.make_text_encoder`; None: prompts are embeddings, untimed.
         vae: name for `fps_vae.make_vae`; None: nothing is decoded.
         checkpoint: folder; None: random weights.
     """
@@ -38,6 +40,7 @@ class Workload:
     batches: tuple[int, ...] = (1, 4)
     repeats: int = 3
     warm_up: bool = True
+    text: str | None = None
     vae: str | None = None
     checkpoint: Path | None = None
 
@@ -69,7 +72,13 @@ PART_OF_RELEASED = Workload(
     warm_up=False,
 )
 RELEASED = Workload(
-    RELEASED_VIDEO, TRAINED_FRAMES, 64, num_diffusion_steps=25, batches=(1, 4, 24), vae="osp"
+    RELEASED_VIDEO,
+    TRAINED_FRAMES,
+    64,
+    num_diffusion_steps=25,
+    batches=(1, 4, 24),
+    text=PHI_2,
+    vae="osp",
 )
 KNOWN = {"cpu": (SMALL, PART_OF_RELEASED), "cuda": (SMALL, RELEASED)}
 DEFAULTS = {"cpu": (SMALL,), "cuda": (SMALL, RELEASED)}
@@ -81,6 +90,7 @@ def choose_workloads(
     geometries: Sequence[str] | None = None,
     model: str | None = None,
     batches: Sequence[int] | None = None,
+    text: bool | None = None,
     vae: bool | None = None,
     **numbers: int | None,
 ) -> list[Workload]:
@@ -90,11 +100,13 @@ def choose_workloads(
         device_type: "cpu" or "cuda".
         geometries: these alone; any names of `nova.config.NAMED_CONFIGS`.
         model: this one alone: a checkpoint's folder, hub id or "shapes".
-        vae: decode as well; None: on a GPU, wherever a whole video is sampled.
+        text, vae: time the text encoder, decode as well; None: on a GPU, wherever there is one and
+            a whole video is sampled.
         numbers: num_steps, num_diffusion_steps, num_sets, repeats; None: as the workload has it.
 
     Raises:
-        InputError: numbers below 1, both a geometry and a model, or decoding a part of a video.
+        InputError: numbers below 1, both a geometry and a model, or a text encoder or VAE that
+            is asked for and cannot be timed.
         ConfigError, CheckpointError: no such geometry or model.
     """
     changes: dict[str, Any] = {name: n for name, n in numbers.items() if n is not None}
@@ -111,8 +123,10 @@ def choose_workloads(
         workloads = [_of_geometry(name, device_type) for name in geometries]
     else:
         workloads = list(DEFAULTS[device_type])
-    decodes = device_type == "cuda" if vae is None else vae
-    return [_with_vae(replace(workload, **changes), decodes, bool(vae)) for workload in workloads]
+    workloads = [replace(workload, **changes) for workload in workloads]
+    for part, is_wanted in (("text", text), ("vae", vae)):
+        workloads = [_with_part(workload, part, is_wanted, device_type) for workload in workloads]
+    return workloads
 
 
 def _of_geometry(name: str, device_type: str) -> Workload:
@@ -127,8 +141,14 @@ def _of_geometry(name: str, device_type: str) -> Workload:
         template,
         geometry=name,
         num_frames=num_frames,
-        vae=vae if template.num_sets is None else None,
+        text=_text_encoder_of(config),
+        vae=vae,
     )
+
+
+def _text_encoder_of(config: ModelConfig) -> str | None:
+    widths = {sizes["hidden_size"]: name for name, sizes in SIZES.items()}
+    return widths.get(config.text_token_dim)
 
 
 def _of_checkpoint(folder: Path) -> Workload:
@@ -138,18 +158,20 @@ def _of_checkpoint(folder: Path) -> Workload:
         min(TRAINED_FRAMES, config.time_base),
         64,
         num_diffusion_steps=25,
+        text="checkpoint" if (folder / "text_encoder").is_dir() else None,
         vae="checkpoint" if (folder / "vae").is_dir() else None,
         checkpoint=folder,
     )
 
 
-def _with_vae(workload: Workload, decodes: bool, is_asked_for: bool) -> Workload:
-    """The workload without a VAE where nothing is or can be decoded, which is said if asked for."""
+def _with_part(workload: Workload, part: str, is_wanted: bool | None, device_type: str) -> Workload:
+    """The workload without the text encoder or VAE where it is not to be timed, or cannot be."""
     obstacle = None
     if workload.num_sets is not None:
-        obstacle = "a part of a video cannot be decoded"
-    elif workload.vae is None:
-        obstacle = "the checkpoint has no VAE"
-    if is_asked_for and obstacle is not None:
-        raise InputError(f"{workload.geometry}: {obstacle}; leave --vae out")
-    return workload if decodes and obstacle is None else replace(workload, vae=None)
+        obstacle = "only a part of a video is sampled"
+    elif getattr(workload, part) is None:
+        obstacle = "none is known for this model"
+    if is_wanted and obstacle is not None:
+        raise InputError(f"{workload.geometry}: {obstacle}; leave --{part} out")
+    is_timed = device_type == "cuda" if is_wanted is None else is_wanted
+    return workload if is_timed and obstacle is None else replace(workload, **{part: None})

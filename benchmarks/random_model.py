@@ -68,16 +68,23 @@ class RandomModelRun:
         self._guidance = Guidance(scale=5.0)
         self._schedule = scheduler.schedule(num_diffusion_steps)
         prompts = torch.randn(batch, config.text_token_len, config.text_token_dim)
-        with torch.no_grad():
-            self._conditioning = Conditioning.from_text(
-                self._model, prompts.to(device, dtype), None, self._guidance
-            )
+        self._conditioning = self.condition(list(prompts.to(device, dtype)))
         sizes = set_sizes(config.num_image_tokens, num_steps)
         self.sets_of_video = len(sizes) * num_frames
         if num_sets is not None:
             num_frames, sizes = 1, sizes[:num_sets]
         self._num_frames, self._set_sizes = num_frames, sizes
         self.sets_run = len(sizes) * num_frames
+
+    @property
+    def batch(self) -> int:
+        return self._conditioning.batch_size
+
+    @torch.no_grad()
+    def condition(self, embeddings: list[Tensor]) -> Conditioning:
+        """What stands in front of the first frame, from prompts (n_i, text_token_dim)."""
+        padded = self._model.text_embed.pad(embeddings)
+        return Conditioning.from_text(self._model, padded, None, self._guidance)
 
     def sample(
         self, sampler: Callable = generate_frames, on_frame: Callable[[], None] = lambda: None
@@ -89,7 +96,6 @@ class RandomModelRun:
         """
         model = self._model
         generator = torch.Generator(model.device).manual_seed(0)
-        batch = self._conditioning.batch_size
         frames = []
         for frame in sampler(
             model,
@@ -98,7 +104,7 @@ class RandomModelRun:
             set_sizes=self._set_sizes,
             schedule=self._schedule,
             guidance=self._guidance,
-            noise=NoiseSource(generator, batch, dtype=model.dtype, device=model.device),
+            noise=NoiseSource(generator, self.batch, dtype=model.dtype, device=model.device),
         ):
             on_frame()
             frames.append(frame)
@@ -108,7 +114,7 @@ class RandomModelRun:
         """What `sample` takes by stage, with the exact sampler; see `work_counts`."""
         return sampling_work(
             self.config,
-            batch=self._conditioning.batch_size,
+            batch=self.batch,
             num_frames=self._num_frames,
             set_sizes=self._set_sizes,
             schedule=self._schedule,

@@ -26,7 +26,7 @@ from nova.vae.tiles import time_tiles
 
 # Parts of a video's time, in their order. REST is noise, token embeddings, and the host.
 VIDEO_ENCODER, IMAGE_ENCODER, DENOISE, REST = "video encoder", "image encoder", "denoise", "rest"
-VAE = "VAE"
+TEXT, VAE = "text", "VAE"
 # Features of a timestep or a frame's time, before their projection.
 TIME_FEATURES = 256
 

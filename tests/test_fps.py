@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import fps
 import pytest
@@ -12,6 +13,7 @@ from fps_measure import measure, run_samplers
 from fps_plot import plot
 from fps_samplers import COMPILED, EXACT, GRAPHS, PLAIN, TUNED, CompiledSampler, make_samplers
 from fps_table import PUBLISHED, captions, print_tables
+from fps_text import PHI_2, PROMPT, SIZES, make_text_encoder
 from fps_vae import IMAGE_VAE, decode_seconds, make_vae
 from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
 from random_model import RandomModelRun
@@ -144,6 +146,8 @@ def test_tuned_sampler(monkeypatch, tmp_path, capsys):
     torch.testing.assert_close(run.sample(sampler), run.sample(generate_frames))
     first = sampler.tuning
     run.sample(sampler)
+    assert sampler.chosen == {entry.choice: entry.chosen for entry in first.record.measurements}
+    assert sampler.chosen["attention"] in ("torch", "math")
     assert sampler.tuning is first and capsys.readouterr().err.count("tuned for batch 1") == 1
     # The other samplers go on with the model as it was.
     assert before == {name: tensor.stride() for name, tensor in run._model.state_dict().items()}
@@ -165,6 +169,7 @@ def test_default_workloads():
     assert released.batches == (1, 4, 24) and released.vae == "osp" and small.vae == "tiny"
     assert (released.num_frames, released.num_steps, released.num_diffusion_steps) == (9, 64, 25)
     assert released.pixel_frames == 33
+    assert released.text == PHI_2 and small.text is None
 
 
 def test_chosen_workloads():
@@ -180,6 +185,7 @@ def test_chosen_workloads():
     assert workload.batches == (3,) and workload.vae == "tiny" and workload.num_frames == 5
     (image,) = choose_workloads("cuda", geometries=["nova-d48w1024-sd512"])
     assert image.num_frames == image.pixel_frames == 1 and image.vae == IMAGE_VAE
+    assert image.text == PHI_2
     (part,) = choose_workloads("cpu", geometries=["nova-d48w1024-sd512"])
     assert part.num_sets == 2 and part.vae is None
     small, released = choose_workloads("cpu", geometries=["small-video", RELEASED_VIDEO])
@@ -194,7 +200,11 @@ def test_chosen_workloads():
         ({"batches": [1, 0]}, "batches must be at least 1"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"geometries": ["small-video"], "model": "shapes"}, "not both"),
-        ({"geometries": [RELEASED_VIDEO], "vae": True}, "a part of a video cannot be decoded"),
+        (
+            {"geometries": [RELEASED_VIDEO], "vae": True},
+            "a part of a video is sampled; leave --vae",
+        ),
+        ({"geometries": ["small-video"], "text": True}, "none is known .* leave --text out"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -211,9 +221,23 @@ def test_class_models_are_refused():
 
 
 def test_checkpoint_weights(tiny_video_folder):
-    workload = Workload("x", 2, 3, 2, repeats=1, vae="checkpoint", checkpoint=tiny_video_folder)
+    workload = Workload(
+        "x", 2, 3, 2, repeats=1, text="checkpoint", vae="checkpoint", checkpoint=tiny_video_folder
+    )
     row = rows_of(workload)[1]
+    assert list(row["stages_s"])[0] == "text" and row["stages_s"]["text"] == row["text_s"] > 0
     assert row["weights"] == "checkpoint" and row["compared_frames"] == 1 and row["vae_s"] > 0
+
+
+def test_text_encoder_with_random_weights(monkeypatch):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setitem(SIZES, PHI_2, {**sizes, "num_attention_heads": 2})
+    encoder = make_text_encoder(PHI_2, CPU, torch.float32, max_length=32)
+    rows = encoder.encode([PROMPT, "two words"])
+    assert [tuple(row.shape) for row in rows] == [(len(PROMPT.split()), 32), (2, 32)]
+    exact = rows_of(replace(TINY, text=PHI_2))[1]
+    assert exact["text"] == PHI_2 and exact["stages_s"]["text"] == exact["text_s"] > 0
+    assert list(exact["stages_s"])[0] == "text" and list(exact["stages_s"])[-1] == "VAE"
 
 
 def test_vaes():
