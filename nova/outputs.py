@@ -94,3 +94,13 @@ def join_samples(parts: list[Any]) -> Any:
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)
     return [sample for part in parts for sample in part]
+
+
+def join_in_time(pieces: list[Any]) -> Any:
+    """Pixel frames of the same clips in one output type, one piece after the other -> the clips."""
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(pieces, dim=1)
+    if isinstance(first, np.ndarray):
+        return np.concatenate(pieces, axis=1)
+    return [[frame for part in clip for frame in part] for clip in zip(*pieces, strict=True)]

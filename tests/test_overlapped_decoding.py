@@ -133,10 +133,62 @@ def test_a_stopped_stream_decodes_what_there_is(pipe):
         assert torch.equal(item.frames, other.frames)
 
 
+def call(pipe, **options):
+    generator = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    options = {"max_latent_length": 4, "output_type": "pt", **FAST, **options}
+    return pipe(PROMPTS, generator=generator, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_batch_size": 1},
+        {"image": torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()},
+        {"output_type": "np"},
+        {"output_type": "latent"},
+        {"max_latent_length": 1},
+    ],
+    ids=str,
+)
+def test_calls_that_overlap_give_the_same_clips(pipe, log, options):
+    expected = call(pipe, **options)
+    log.clear()
+    result = call(pipe, overlap_decoding=True, **options)
+    shown = "images" if result.frames is None else "frames"
+    assert (result[shown] == expected[shown]).all()
+    assert torch.equal(result.latents, expected.latents)
+    assert result.max_batch_size == expected.max_batch_size
+    # Single frames, and latents, leave nothing to overlap.
+    overlaps = shown == "frames" and options.get("output_type") != "latent"
+    assert any(entry.startswith("launch") for entry in log) == overlaps
+
+
+def test_pictures_of_a_call_that_overlaps(pipe):
+    expected = call(pipe, output_type="pil").frames
+    result = call(pipe, output_type="pil", overlap_decoding=True).frames
+    assert [len(clip) for clip in result] == [13, 13]
+    for clip, other in zip(result, expected, strict=True):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(clip, other, strict=True))
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2])
+def test_a_stopped_call_decodes_what_there_is(pipe, max_batch_size):
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 4
+
+    options = {"callback_on_step_end": stop, "max_batch_size": max_batch_size}
+    expected, result = call(pipe, **options), call(pipe, overlap_decoding=True, **options)
+    assert torch.equal(result.latents, expected.latents)
+    assert torch.equal(result.frames, expected.frames)
+
+
 def test_overlapped_decoding_needs_a_gpu(tiny_video_folder):
     pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
     with pytest.raises(nova.DeviceError, match="overlap_decoding needs a GPU, .* is on cpu"):
         pipe.stream(PROMPTS, overlap_decoding=True)
+    with pytest.raises(nova.DeviceError, match="overlap_decoding needs a GPU"):
+        pipe(PROMPTS, overlap_decoding=True)
 
 
 @pytest.mark.gpu
@@ -157,3 +209,5 @@ def test_on_a_gpu(tiny_video_folder, offload, output_type):
             # Memory that was given away too early would be overwritten by this.
             torch.full((2**24,), torch.nan, device="cuda")
             assert (item.frames == frames).all()
+    expected = call(pipe, **options)
+    assert (call(pipe, overlap_decoding=True, **options).frames == expected.frames).all()
