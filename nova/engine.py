@@ -44,8 +44,8 @@ class SamplingGraphs:
     @property
     def failure(self) -> str | None:
         """Why a part is no longer recorded; None as long as all is."""
-        parts = {"set loop": self.sets.failure, "video encoder": self.frames.failure}
-        reasons = [f"{part}: {reason}" for part, reason in parts.items() if reason is not None]
+        failed = [part for part in (self.sets, self.frames) if part.failure is not None]
+        reasons = [f"{part.name}: {part.failure}" for part in failed]
         return "; ".join(reasons) or None
 
     def clear(self) -> None:

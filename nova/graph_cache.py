@@ -14,16 +14,17 @@ class GraphCache(Generic[Recorded]):
     """The graphs of one part of sampling, for one kind of run at a time; another drops them.
 
     Args:
-        part: its name, for warnings.
+        name: of the part, for messages.
         recorder: gives what records, when it is first needed.
 
     Attributes:
+        name: as given.
         failure: why it is no longer recorded; None as long as it is.
     """
 
-    def __init__(self, part: str, recorder: Callable[[], Recorder]):
+    def __init__(self, name: str, recorder: Callable[[], Recorder]):
         self.failure: str | None = None
-        self._part, self._recorder = part, recorder
+        self.name, self._recorder = name, recorder
         self._key: Hashable = None
         self._recorded: Recorded | None = None
 
@@ -49,7 +50,7 @@ class GraphCache(Generic[Recorded]):
         self.clear()
         self.failure = reason
         warnings.warn(
-            f"CUDA graphs of the {self._part} are off, sampling goes on without them: {reason}",
+            f"CUDA graphs of the {self.name} are off, sampling goes on without them: {reason}",
             stacklevel=2,
         )
 
