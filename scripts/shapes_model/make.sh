@@ -46,8 +46,7 @@ encode_images() {
         --out "$out/$2"
 }
 encode_clips() {
-    text=$1 data=$2 && shift 2
-    encode "$text" --clips 24000 --batch-size 16 --out "$out/$data" "$@"
+    encode "$1" --clips 24000 --batch-size 16 --out "$out/$2"
 }
 encode_images text-words images
 encode_clips text-words clips
@@ -98,9 +97,5 @@ train_clips starts-read 5000 clips-read image-model-read/checkpoints/step-000030
     --max-latent-length 2 --batch-size 64 --schedule constant
 train_clips clips-4 6500 clips-read starts-read/checkpoints/step-00005000 --batch-size 32 \
     --schedule cosine $few
-# Clips that it has not seen yet.
-encode_clips text clips-more --shapes-seed 3
-train_clips clips-5 2700 clips-more clips-4/checkpoints/step-00006500 --batch-size 32 \
-    --schedule cosine --lr 2e-3 $few
-[ -d "$out/shapes" ] || nova export "$out/clips-5/checkpoints/step-00002700" --out "$out/shapes" \
+[ -d "$out/shapes" ] || nova export "$out/clips-4/checkpoints/step-00006500" --out "$out/shapes" \
     --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
