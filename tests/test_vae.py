@@ -196,9 +196,10 @@ def test_other_layouts(down, up):
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    vae = CausalVideoVAE(config, tile_latents=3)
+    # In float64 (norms stay float32): how far rounding goes in float32 depends on the CPU.
+    vae = CausalVideoVAE(config, tile_latents=3).double()
     frames = 1 + 3 * config.temporal_factor
-    pixels = pixels_of(1, 3, frames, 8, 16)
+    pixels = pixels_of(1, 3, frames, 8, 16).double()
     results = []
     for budget in (0, None):
         vae.memory_budget = budget
@@ -206,7 +207,7 @@ def test_other_layouts(down, up):
             mean, _ = vae.encode_moments(pixels)
             results.append((mean, vae.decode_unscaled(mean)))
     for lean, plain in zip(*results, strict=True):
-        assert relative_error(lean, plain) < 1e-5
+        assert relative_error(lean, plain) < 1e-6
     assert results[0][0].shape[2] == 4 and results[0][1].shape == pixels.shape
 
 
