@@ -10,7 +10,6 @@ import torch
 from measure import timed
 from random_model import RandomModelRun
 
-from nova.errors import DependencyError
 from nova.text import TextEncoder
 
 PHI_2 = "phi-2"  # what the released models read prompts with
@@ -53,21 +52,15 @@ def make_text_encoder(
         name: of `SIZES`; weights are random.
         max_length: most tokens of a prompt.
         checkpoint: open this folder's instead.
-
-    Raises:
-        DependencyError: transformers is not installed.
     """
     if checkpoint is not None:
         folders = checkpoint / "text_encoder", checkpoint / "tokenizer"
         return TextEncoder.from_folders(
             *folders, max_length=max_length, torch_dtype=dtype, device=device
         )
-    try:
-        from transformers import PhiConfig, PhiModel
-    except ImportError as error:
-        raise DependencyError(
-            "the text encoder needs transformers: pip install transformers, or say --no-text"
-        ) from error
+    # Imported late: it takes seconds, and most runs do without.
+    from transformers import PhiConfig, PhiModel
+
     config = PhiConfig(**SIZES[name])
     torch.manual_seed(0)
     with device:

@@ -81,10 +81,8 @@ class VideoContext:
 
     def _caches_before(self, start: int) -> list[KeyValueCache]:
         """Caches that hold the inputs before `start`, with room for all."""
-        in_front, per_frame = (
-            self._conditioning.tokens.shape[1],
-            self._model.config.num_frame_tokens,
-        )
+        in_front = self._conditioning.tokens.shape[1]
+        per_frame = self._model.config.num_frame_tokens
         if self._caches is None:
             length = in_front + per_frame * self._num_frames
             self._caches = [KeyValueCache(length) for _ in self._model.video_encoder.blocks]

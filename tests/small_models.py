@@ -1,6 +1,6 @@
 """Small random models, runs of the samplers, and a stand-in for graphs, for the tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -43,7 +43,7 @@ def small_prompts(config: ModelConfig, batch: int, seed: int = 1) -> torch.Tenso
     return torch.randn(batch, config.text_token_len, config.text_token_dim, generator=generator)
 
 
-def sample(
+def sample_frames(
     model: NOVATransformer,
     sampler: Callable = generate_frames,
     *,
@@ -55,15 +55,15 @@ def sample(
     generator=None,
     prompts: torch.Tensor | None = None,
     **options,
-) -> torch.Tensor:
-    """Latents (B, channels, generated frames, h, w) of a small run, seed 0."""
+) -> Iterator[torch.Tensor]:
+    """Latents (B, channels, h, w) of every generated frame of a small run, by default of seed 0."""
     guidance = Guidance(scale=3.0) if guidance is None else guidance
     prompts = small_prompts(model.config, batch) if prompts is None else prompts
     conditioning = Conditioning.from_text(
         model, prompts.to(model.device, model.dtype), None, guidance
     )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    frames = sampler(
+    return sampler(
         model,
         conditioning,
         num_frames=num_frames,
@@ -73,7 +73,11 @@ def sample(
         noise=NoiseSource(generator, batch, dtype=model.dtype, device=model.device),
         **options,
     )
-    return torch.stack(list(frames), dim=2)
+
+
+def sample(model: NOVATransformer, sampler: Callable = generate_frames, **options) -> torch.Tensor:
+    """Latents (B, channels, generated frames, h, w); see `sample_frames`."""
+    return torch.stack(list(sample_frames(model, sampler, **options)), dim=2)
 
 
 class Repeated:

@@ -10,16 +10,14 @@ from small_models import (
     Repeated,
     repeating_graphs,
     sample,
+    sample_frames,
     small_model,
     small_prompts,
 )
 
-from nova.conditioning import Conditioning
 from nova.engine import SamplingGraphs
 from nova.guidance import Guidance
-from nova.noise import NoiseSource
-from nova.sampling import generate_frames
-from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
+from nova.schedule import DDPMConfig
 
 RUNS = [
     (SMALL, {"guidance": Guidance(scale=3.0)}),
@@ -155,20 +153,9 @@ def test_windows_share_graphs():
 
 def frame_by_frame(model, graphs, seed):
     """A generator of the frames of a clip."""
-    guidance = Guidance(scale=3.0)
     prompts = small_prompts(model.config, 1, seed)
     generator = torch.Generator().manual_seed(seed)
-    noise = NoiseSource(generator, 1, dtype=model.dtype, device=model.device)
-    return generate_frames(
-        model,
-        Conditioning.from_text(model, prompts, None, guidance),
-        num_frames=3,
-        set_sizes=set_sizes(model.config.num_image_tokens, 4),
-        schedule=FlowMatchConfig().schedule(3),
-        guidance=guidance,
-        noise=noise,
-        graphs=graphs,
-    )
+    return sample_frames(model, batch=1, prompts=prompts, generator=generator, graphs=graphs)
 
 
 def test_clips_made_in_turn_do_not_mix():
