@@ -10,7 +10,7 @@ from quality_statistics import bootstrap, percentile_interval, wilson_interval
 
 from nova import shapes
 
-ENTRIES = ("count", "color", "shape", "motion", "direction", "relation")
+ENTRIES = ("count", "background", "color", "shape", "motion", "direction", "relation")
 ENTRIES_OF_A_SHAPE = ("color", "shape", "motion")
 NUM_EXAMPLES = 8  # clips of a task on its contact sheet
 WAYS = ("generated", "ceiling", "floor")
@@ -38,12 +38,18 @@ class ScoredClip:
     def check(self, way: str) -> dict[str, bool]:
         """The counted entries of `shapes.check`; `way` is one of `WAYS`."""
         entries = shapes.check(self.scene, getattr(self, way))
-        return {name: right for name, right in entries.items() if name in self.counted}
+        counted = [name for name in self.counted if _is_asked_for(name, self.case)]
+        return {name: right for name, right in entries.items() if name in counted}
 
     def note(self) -> ClipNote:
         wrong = tuple(name for name, right in self.check("generated").items() if not right)
         things = [f"{x.color} {x.shape} {x.motion}" for x in self.generated.objects]
         return ClipNote(self.case.index, self.case.caption, wrong, ", ".join(things) or "nothing")
+
+
+def _is_asked_for(entry: str, case: Case) -> bool:
+    """Of the entries, the background alone may be left out of a caption: any is right then."""
+    return entry != "background" or case.scene.background in case.caption
 
 
 def score_clips(

@@ -192,6 +192,14 @@ def test_real_clips_are_right_and_their_floor_is_low(right):
     assert not any(section.wrong_clips for section in result.sections)
 
 
+def test_backgrounds_count_where_captions_name_them(right):
+    for split, section in zip(
+        (NEW_CAPTIONS, NEW_COMBINATIONS), text_to_video(right).sections[::4], strict=True
+    ):
+        named = ["background" in case.caption for case in right.cases(split)]
+        assert section.by_name["background"].count == sum(named) > 0
+
+
 def test_clips_of_other_captions_are_wrong():
     result = text_to_video(evaluation_of(WrongOracle, clips=6))
     section = result.sections[0]

@@ -351,13 +351,13 @@ def test_splits_of_a_dataset():
 
 def test_accuracy_on_rendered_clips():
     accuracy = measuring_accuracy(200)
-    assert min(accuracy["color"], accuracy["count"], accuracy["relation"]) >= 0.99
+    assert min(accuracy[name] for name in ("count", "background", "color", "relation")) >= 0.99
     assert min(accuracy["shape"], accuracy["motion"], accuracy["direction"]) >= 0.97
 
 
 def test_accuracy_on_degraded_clips():
     accuracy = measuring_accuracy(200, seed=1, change=degrade)
-    assert min(accuracy["color"], accuracy["count"], accuracy["relation"]) >= 0.97
+    assert min(accuracy[name] for name in ("count", "background", "color", "relation")) >= 0.97
     assert min(accuracy["motion"], accuracy["direction"]) >= 0.95
     assert accuracy["shape"] >= 0.95
 
@@ -410,6 +410,8 @@ def test_each_part_of_a_check_finds_its_own_error():
     assert "motion" in wrong(said(motion=other, size="small", speed="slow"))
     assert not {"color", "shape", "count"} & wrong(said(motion=other, size="small", speed="slow"))
     assert wrong(dataclasses.replace(scene, relation=OPPOSITES[scene.relation])) == {"relation"}
+    other = next(name for name in BACKGROUNDS if name != scene.background)
+    assert wrong(dataclasses.replace(scene, background=other)) == {"background"}
     alone = shapes.Scene((first,), scene.background)
     assert wrong(alone) == {"count"}
 
@@ -418,7 +420,9 @@ def test_each_part_of_a_check_finds_its_own_error():
 def test_empty_and_odd_clips():
     blank = shapes.measure(np.full((5, 64, 64, 3), 200, np.uint8))
     assert blank.count == 0 and blank.objects == () and blank.background in BACKGROUNDS
-    result = shapes.check(sampled(0, num_objects=2), blank)
+    scene = sampled(0, num_objects=2)
+    result = shapes.check(scene, blank)
+    assert result.pop("background") == (scene.background == blank.background)
     assert not any(result.values())
     rng = np.random.default_rng(0)
     for frames in (1, 2, 6):

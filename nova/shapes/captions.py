@@ -96,7 +96,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption in one of many phrasings, some with sizes, speeds and the background."""
     writer = _Writer(rng)
     text = writer.single(*scene.objects) if scene.relation is None else writer.pair(scene)
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         text += " " + writer.choose(BACKGROUND_WORDS).format(scene.background)
     return text
 

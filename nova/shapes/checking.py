@@ -15,14 +15,16 @@ def check(scene: Scene, measurement: Measurement) -> dict[str, bool]:
     Measured objects are matched to the scene's by colour, then by shape and motion.
 
     Returns:
-        "count": as many shapes as in the scene. "color", "shape", "motion": right for every object
-        of the scene. "direction", where objects move in one of the eight directions: right for
-        each of these. "relation", where there are two: it holds throughout.
+        "count": as many shapes as in the scene. "background": its colour, which captions may leave
+        out. "color", "shape", "motion": right for every object of the scene. "direction", where
+        objects move in one of the eight directions: right for each of these. "relation", where
+        there are two: it holds throughout.
     """
     pairs = _match(scene, measurement)
     heading = [pair for pair in pairs if pair[0].motion in DIRECTIONS]
     result = {
         "count": measurement.count == len(scene.objects),
+        "background": measurement.background == scene.background,
         "color": all(_agrees(pair, "color") for pair in pairs),
         "shape": all(_agrees(pair, "shape") for pair in pairs),
         "motion": all(_agrees(pair, "motion") for pair in pairs),
