@@ -157,6 +157,7 @@ def measure(
         num_steps=workload.num_steps,
         num_diffusion_steps=workload.num_diffusion_steps,
         num_sets=workload.num_sets,
+        run_frames=workload.run_frames,
         device=device,
         dtype=dtype,
         backend=backend,
@@ -214,7 +215,11 @@ def measure(
     plain_s = statistics.median(seen[PLAIN].latencies)
     frames = batch * workload.pixel_frames * run.sets_run / run.sets_of_video
     rows = [
-        {"sampler": name, **shared, **_figures(runs, frames, plain_s, shared)}
+        {
+            "sampler": name,
+            **shared,
+            **_figures(runs, frames, plain_s, shared, has_frames=workload.num_sets is None),
+        }
         for name, runs in seen.items()
     ]
     if TUNED in samplers:
@@ -228,17 +233,16 @@ def measure(
 
 
 def _figures(
-    runs: SamplerRuns, frames: float, plain_s: float, shared: dict[str, Any]
+    runs: SamplerRuns, frames: float, plain_s: float, shared: dict[str, Any], *, has_frames: bool
 ) -> dict[str, Any]:
     if runs.refused is not None:
         return {"refused": runs.refused}
     latency, vae_s = statistics.median(runs.latencies), shared["vae_s"]
-    is_whole = shared["sets_run"] == shared["sets_of_video"]
     return {
         "latency_s": latency,
         "latencies_s": runs.latencies,
         # Of a part of a frame there is no first frame.
-        "first_frame_s": statistics.median(runs.first_frames) if is_whole else None,
+        "first_frame_s": statistics.median(runs.first_frames) if has_frames else None,
         "first_run_s": runs.first_run_s,
         "fps": frames / latency,
         "fps_with_vae": None if vae_s is None else frames / (latency + vae_s),

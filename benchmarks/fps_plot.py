@@ -45,7 +45,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     all_axes = figure.subplots(2, columns, squeeze=False)
     for column, (name, of_workload) in enumerate(by_workload.items()):
         speeds, stages = all_axes[:, column]
-        part = "" if _is_whole(of_workload[0]) else "\n(a part of a frame, scaled up)"
+        part = "" if _is_whole(of_workload[0]) else "\n(a part of a video, scaled up)"
         speeds.set_title(name + part, fontsize=10)
         _draw_speeds(speeds, of_workload)
         _draw_stages(stages, [row for row in of_workload if "stages_s" in row])

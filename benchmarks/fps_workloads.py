@@ -23,7 +23,8 @@ class Workload:
 
     Attributes:
         geometry: a name of `nova.config.NAMED_CONFIGS`, or of a checkpoint.
-        num_sets: run only so many sets of one frame; None: the whole video.
+        num_sets: run only so many sets of one frame; None: all.
+        run_frames: run only so many latent frames; None: all.
         batches: batch sizes.
         repeats: timed runs of each sampler.
         warm_up: whether a run of each sampler goes before the timed ones.
@@ -37,6 +38,7 @@ class Workload:
     num_steps: int
     num_diffusion_steps: int
     num_sets: int | None = None
+    run_frames: int | None = None
     batches: tuple[int, ...] = (1, 4)
     repeats: int = 3
     warm_up: bool = True
@@ -48,6 +50,11 @@ class Workload:
     def pixel_frames(self) -> int:
         """Frames of a whole video: one for the first latent frame, four for each other."""
         return 1 + 4 * (self.num_frames - 1)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only a part of a video is run."""
+        return self.num_sets is not None or self.run_frames is not None
 
     @property
     def compared_frames(self) -> int | None:
@@ -102,11 +109,12 @@ def choose_workloads(
         model: this one alone: a checkpoint's folder, hub id or "shapes".
         text, vae: time the text encoder, decode as well; None: on a GPU, wherever there is one and
             a whole video is sampled.
-        numbers: num_steps, num_diffusion_steps, num_sets, repeats; None: as the workload has it.
+        numbers: num_steps, num_diffusion_steps, num_sets, run_frames, repeats; None: as the
+            workload has it.
 
     Raises:
-        InputError: numbers below 1, both a geometry and a model, or a text encoder or VAE that
-            is asked for and cannot be timed.
+        InputError: numbers below 1, both a geometry and a model, both sets and frames to run, or a
+            text encoder or VAE that is asked for and cannot be timed.
         ConfigError, CheckpointError: no such geometry or model.
     """
     changes: dict[str, Any] = {name: n for name, n in numbers.items() if n is not None}
@@ -115,6 +123,8 @@ def choose_workloads(
     for name, value in changes.items():
         if min(value if isinstance(value, tuple) else (value,)) < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if changes.keys() >= {"num_sets", "run_frames"}:
+        raise InputError("run a number of sets or of latent frames, not both")
     if geometries is not None and model is not None:
         raise InputError("choose geometries or a model, not both")
     if model is not None:
@@ -123,6 +133,8 @@ def choose_workloads(
         workloads = [_of_geometry(name, device_type) for name in geometries]
     else:
         workloads = list(DEFAULTS[device_type])
+    if "run_frames" in changes:
+        changes["num_sets"] = None
     workloads = [replace(workload, **changes) for workload in workloads]
     for part, is_wanted in (("text", text), ("vae", vae)):
         workloads = [_with_part(workload, part, is_wanted, device_type) for workload in workloads]
@@ -167,7 +179,7 @@ def _of_checkpoint(folder: Path) -> Workload:
 def _with_part(workload: Workload, part: str, is_wanted: bool | None, device_type: str) -> Workload:
     """The workload without the text encoder or VAE where it is not to be timed, or cannot be."""
     obstacle = None
-    if workload.num_sets is not None:
+    if workload.is_part:
         obstacle = "only a part of a video is sampled"
     elif getattr(workload, part) is None:
         obstacle = "none is known for this model"

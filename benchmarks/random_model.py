@@ -24,7 +24,8 @@ class RandomModelRun:
     Args:
         geometry: a name of `nova.config.NAMED_CONFIGS` with text conditioning.
         num_frames, num_steps, num_diffusion_steps: T, A and D.
-        num_sets: run only so many sets of the first frame; None: the whole video.
+        num_sets: run only so many sets of the first frame; None: all.
+        run_frames: run only so many latent frames, at most T; None: all.
         backend: of the ops, see `nova_kernels.dispatch`.
         checkpoint: a folder whose transformer and scheduler are taken in place of random weights;
             `geometry` does not matter then. Prompts are random all the same.
@@ -49,6 +50,7 @@ class RandomModelRun:
         device: torch.device,
         dtype: torch.dtype,
         num_sets: int | None = None,
+        run_frames: int | None = None,
         backend: str = "auto",
         checkpoint: Path | None = None,
     ):
@@ -72,9 +74,9 @@ class RandomModelRun:
         sizes = set_sizes(config.num_image_tokens, num_steps)
         self.sets_of_video = len(sizes) * num_frames
         if num_sets is not None:
-            num_frames, sizes = 1, sizes[:num_sets]
-        self._num_frames, self._set_sizes = num_frames, sizes
-        self.sets_run = len(sizes) * num_frames
+            run_frames, sizes = 1, sizes[:num_sets]
+        self._num_frames, self._set_sizes = min(run_frames or num_frames, num_frames), sizes
+        self.sets_run = len(sizes) * self._num_frames
 
     @property
     def batch(self) -> int:

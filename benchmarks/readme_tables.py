@@ -136,12 +136,12 @@ def _is_whole(row: Row) -> bool:
 
 
 def _speed(row: Row | None) -> str:
-    """Frames a second; of a part of a video seconds."""
+    """Frames a second; of a part of a latent frame seconds."""
     if row is None:
         return "-"
     times = row["latencies_s"]
     slowest, fastest = max(times), min(times)
-    if not _is_whole(row):
+    if row["sets_run"] * row["latent_frames"] % row["sets_of_video"]:
         return f"{row['latency_s']:.1f} s ({fastest:.1f}-{slowest:.1f})"
     frames = row["fps"] * row["latency_s"]
     return f"{row['fps']:.1f} FPS ({frames / slowest:.1f}-{frames / fastest:.1f})"

@@ -1,34 +1,52 @@
 #!/bin/sh
-# Everything to do on a machine with a GPU, in one call: build, tests, then figures.
-#   sh scripts/measure_gpu.sh FOLDER    # JSON files, plots and logs go there; copy the JSON files
-#                                       # to benchmarks/results once they are right
-# PYTHON (python3) must have torch with CUDA, and is installed into. What fails is said at the end;
-# the rest is run all the same.
+# What there is to do on a machine with a GPU: build, tests, figures, in at most ten minutes.
+#   sh scripts/measure_gpu.sh FOLDER                # JSON files, plots and logs go there
+#   sh scripts/measure_gpu.sh FOLDER build video    # these steps alone
+# Copy the JSON files to benchmarks/results once they are right. PYTHON (python3) must have torch with
+# CUDA, and is installed into. Every step has a time limit, and what it had finished by then stays;
+# SLOWER=3 gives three times as long. What fails is said at the end; the rest is run all the same.
 out=${1:?name a folder for the results}
+shift
+steps=${*:-build ops op_tests gpu_tests batch1 batch4 batch24 kernels denoise roofline}
 python=${PYTHON:-python3}
-mkdir -p "$out"
 failed=
+mkdir -p "$out"
 
-# step NAME COMMAND...: run a command, its output shown and kept in NAME.log
+# step SECONDS NAME COMMAND...: run a command, its output shown and kept in NAME.log
 step() {
-    name=$1 && shift
-    echo "== $name"
-    { "$@" 2>&1 && echo ok > "$out/$name.ok"; } | tee "$out/$name.log"
+    limit=$(($1 * ${SLOWER:-1})) name=$2 && shift 2
+    case " $steps " in *" $name "*) ;; *) return ;; esac
+    echo "== $name, at most $limit s"
+    begin=$(date +%s)
+    { timeout "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"; } | tee "$out/$name.log"
     [ -f "$out/$name.ok" ] || failed="$failed $name"
     rm -f "$out/$name.ok"
+    echo "== $name took $(($(date +%s) - begin)) s"
 }
 
-step build "$python" -m pip install --no-build-isolation -e '.[test]'
-step ops "$python" -m nova_kernels
-step op_tests "$python" -m pytest -q tests/test_scale_shift.py tests/test_residual_norm.py \
+# fps SECONDS NAME OPTIONS...: frames per second of the released 0.6B model
+fps() {
+    limit=$1 name=$2 && shift 2
+    step "$limit" "$name" "$python" benchmarks/fps.py --geometry nova-d48w1024-osp480 "$@" \
+        --json "$out/fps_$name.json" --plot "$out/fps_$name.png"
+}
+
+step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
+step 30 ops "$python" -m nova_kernels
+step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_frame_scale_shift.py tests/test_rope3d.py tests/test_diffusion_step.py \
     tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
-step gpu_tests "$python" -m pytest -q tests -m gpu
-step kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
-step denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
-step roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
-for backend in auto triton cuda; do
-    step "fps_$backend" "$python" benchmarks/fps.py --backend "$backend" \
-        --json "$out/fps_$backend.json" --plot "$out/fps_$backend.png"
+step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu tests
+# Of each video the first latent frames alone: all of them take the plain sampler minutes.
+fps 90 batch1 --batch 1 --run-latents 2 --repeats 2
+fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
+fps 75 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
+step 60 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
+step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
+step 15 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
+# By name alone: whole videos with text encoder and VAE, and other backends of the ops.
+fps 600 video --batch 1 --repeats 2
+for backend in triton cuda; do
+    fps 90 "$backend" --batch 1 --run-latents 2 --repeats 2 --no-compile --backend "$backend"
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -68,6 +68,14 @@ def test_part_of_a_video():
     assert row["fps"] == pytest.approx(2 * 5 / 6 / row["latency_s"])
 
 
+def test_the_first_latent_frames_of_a_video():
+    workload = Workload("tiny-video", 3, 2, num_diffusion_steps=2, run_frames=2, repeats=1)
+    row = rows_of(workload)[1]
+    assert (row["sets_run"], row["sets_of_video"]) == (4, 6)
+    assert row["first_frame_s"] <= row["latency_s"] and row["fps_with_vae"] is None
+    assert row["fps"] == pytest.approx(2 * 9 * 4 / 6 / row["latency_s"])
+
+
 def wrong_sampler(model, conditioning, **options):
     return (frame * 1.01 for frame in generate_frames(model, conditioning, **options))
 
@@ -188,6 +196,8 @@ def test_chosen_workloads():
     assert image.text == PHI_2
     (part,) = choose_workloads("cpu", geometries=["nova-d48w1024-sd512"])
     assert part.num_sets == 2 and part.vae is None
+    (part,) = choose_workloads("cpu", geometries=[RELEASED_VIDEO], run_frames=1)
+    assert (part.num_sets, part.run_frames) == (None, 1)
     small, released = choose_workloads("cpu", geometries=["small-video", RELEASED_VIDEO])
     assert (small.num_sets, released.num_sets) == (None, 2) and not released.warm_up
     (shapes,) = choose_workloads("cpu", model="shapes")
@@ -198,6 +208,7 @@ def test_chosen_workloads():
     "options, message",
     [
         ({"batches": [1, 0]}, "batches must be at least 1"),
+        ({"num_sets": 1, "run_frames": 1}, "not both"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"geometries": ["small-video"], "model": "shapes"}, "not both"),
         (
@@ -298,10 +309,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     file = tmp_path / "fps.json"
     command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
     monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(
         sys, "argv", [*command.split(), "--latents", "2", "--device", "cpu", "--json", str(file)]
     )
     assert fps.main() == 0
+    assert not torch.backends.cudnn.allow_tf32
     content = json.loads(file.read_text())
     assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2]
     assert content["machine"]["matmul_TFLOP_per_s"] > 0
