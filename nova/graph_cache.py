@@ -63,5 +63,6 @@ def weights_key(model: NOVATransformer) -> Hashable:
         tuple(
             module.attention_library for module in modules if hasattr(module, "attention_library")
         ),
-        tuple(parameter.data_ptr() for parameter in model.parameters()),
+        # Strides too: a weight in another layout may come to lie where one was before.
+        tuple((parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()),
     )

@@ -1,13 +1,20 @@
 """Work recorded once and replayed: CUDA graphs, and the check that replays do the same."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 # How far a replay may be from the computed result, relative to the largest value.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 
 
 class Recording(Protocol):
@@ -37,17 +44,45 @@ class CUDAGraphRecording:
     def __init__(self, work: Callable[[], Tensor], pool: tuple[int, int]):
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that reads data, may go on using the GPU.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(
+            self._graph,
+            pool=pool,
+            stream=_capture_stream(torch.cuda.current_device()),
+            capture_error_mode="thread_local",
+        )
+        # Where capturing fails, torch leaves its stream the current one; here it is put back.
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.output = work()
 
     def replay(self) -> None:
         self._graph.replay()
 
 
+class CUDARecorder:
+    """Records work into CUDA graphs, which share a pool of memory as long as there are any."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+        self._recordings: WeakSet[CUDAGraphRecording] = WeakSet()
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recording:
+        if not self._recordings:
+            # torch refuses a pool whose graphs are all gone, where cuBLAS still has memory of it.
+            self._pool = torch.cuda.graph_pool_handle()
+        recording = CUDAGraphRecording(work, self._pool)
+        self._recordings.add(recording)
+        return recording
+
+
 def cuda_recorder() -> Recorder:
-    """A function that records work into CUDA graphs of one memory pool."""
-    pool = torch.cuda.graph_pool_handle()
-    return lambda work: CUDAGraphRecording(work, pool)
+    """A function that records work into CUDA graphs of one memory pool, on the current GPU."""
+    return CUDARecorder()
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One a GPU, since torch's own is of a single GPU, and cuBLAS takes memory for every stream."""
+    return torch.cuda.Stream(device)
 
 
 def record_checked(work: Callable[[], Tensor], expected: Tensor, record: Recorder) -> Recording:
@@ -61,7 +96,8 @@ def record_checked(work: Callable[[], Tensor], expected: Tensor, record: Recorde
         RecordingError: recording failed, or the replay differs from `expected`.
     """
     try:
-        recording = record(work)
+        with torch.cuda.device_of(expected):  # what is captured is work on the current GPU alone
+            recording = record(work)
         recording.replay()
     except RuntimeError as error:  # of CUDA; out of memory too
         raise RecordingError(f"recording failed: {str(error).splitlines()[0]}") from error

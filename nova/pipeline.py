@@ -159,10 +159,9 @@ class NOVAPipeline:
                     module.to(device=device, dtype=dtype)
         if self.tuning is not None and not self.tuning.fits(self.transformer):
             self.undo_tuning()
+        self._clear_graphs()
         if self.device.type != "cuda":
             self.graphs = None
-        elif self.graphs is not None:
-            self.graphs.clear()
         return self
 
     def enable_cuda_graphs(self) -> None:
@@ -180,11 +179,18 @@ class NOVAPipeline:
                 f"CUDA graphs need a GPU, and this pipeline is on {self.device}; move it first: "
                 'pipe.to("cuda")'
             )
+        self._clear_graphs()
         self.graphs = SamplingGraphs()
 
     def disable_cuda_graphs(self) -> None:
         """Drop the graphs."""
+        self._clear_graphs()
         self.graphs = None
+
+    def _clear_graphs(self) -> None:
+        """Free what the graphs hold now: Python would free it at some later time."""
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def undo_tuning(self) -> None:
         """Run again as before `nova.tune`."""
@@ -195,6 +201,10 @@ class NOVAPipeline:
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep all parts on the CPU, each on `device` only while it works."""
         self._offload_device = check_device(device)
+        if self._offload_device.type == "cuda":
+            # Nothing moves there yet, and before that torch has no count of its memory to reset.
+            torch.cuda.init()
+        self._clear_graphs()
         self.undo_tuning()
         for module in self._modules().values():
             module.to("cpu")
@@ -481,8 +491,7 @@ class NOVAPipeline:
 
     def _free_memory(self) -> None:
         """After an attempt that ran out of memory; graphs of its sizes are of no use any more."""
-        if self.graphs is not None:
-            self.graphs.clear()
+        self._clear_graphs()
         free_memory(self.device)
 
     def _sampling_out_of_memory(self, *remedies: str) -> contextlib.AbstractContextManager:

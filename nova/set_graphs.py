@@ -28,6 +28,7 @@ class GraphedSteps(SetSteps):
 
     def begin_frame(self, cond: Tensor, order: TokenOrder) -> FrameTensors:
         if self._cache.failure is not None:
+            self._recorded = None
             return super().begin_frame(cond, order)
         self._recorded = self._cache.get(
             self._key(cond, order), lambda record: RecordedSteps(self, cond, order, record)
@@ -35,13 +36,16 @@ class GraphedSteps(SetSteps):
         return self._recorded.begin_frame(self.head, cond, order)
 
     def run(self, frame: FrameTensors, drawn: SetNoise, numbers: SetNumbers) -> Tensor:
-        if self._cache.failure is not None:
+        # Failures are forgotten when graphs are dropped, as a callback may do inside a frame.
+        if self._recorded is None or self._cache.failure is not None:
             return super().run(frame, drawn, numbers)
         try:
             return self._recorded.run(drawn, numbers)
         except RecordingError as error:
             self._cache.give_up(str(error))
-            return super().run(frame, drawn, numbers)
+        # Only here is the error gone, whose traceback refers to the attempt's memory.
+        self._recorded = None
+        return super().run(frame, drawn, numbers)
 
     def _key(self, cond: Tensor, order: TokenOrder) -> Hashable:
         """What must be equal for graphs to serve a run."""

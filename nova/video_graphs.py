@@ -74,11 +74,13 @@ class RecordedContext(VideoContext):
         cond = work().clone()  # of frame 0 it is memory that the replay writes
         try:
             self._recordings[start, stop] = kept, record_checked(work, cond, self._record)
+            return cond
         except RecordingError as error:
             self._cache.give_up(str(error))
-            # A wrong replay may have left wrong keys and values.
-            return work()
-        return cond
+        # Only here is the error gone, whose traceback refers to the attempt's memory.
+        self._recordings.clear()
+        # A wrong replay may have left wrong keys and values.
+        return work()
 
 
 def graphed_context(

@@ -1,6 +1,10 @@
 """Recorded steps. Without a GPU, a stand-in repeats the work on the memory it was recorded on."""
 
+import contextlib
+import gc
 import warnings
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ from small_models import (
     small_prompts,
 )
 
+from nova import graph_recording
 from nova.engine import SamplingGraphs
+from nova.graph_recording import cuda_recorder
 from nova.guidance import Guidance
 from nova.schedule import DDPMConfig
 
@@ -41,6 +47,12 @@ def test_recorded_steps_give_the_same_bits(config, options):
         result = sample(model, prompts=prompts, generator=noise[1], graphs=graphs, **options)
         assert torch.equal(result, expected)
     assert len(graphs.sets) == 4 and len(graphs.frames) == 3 and graphs.failure is None
+
+
+def test_float64_is_recorded():
+    model, graphs = small_model().double(), repeating_graphs()
+    assert torch.equal(sample(model, graphs=graphs), sample(model))
+    assert len(graphs.sets) == 4 and len(graphs.frames) == 3
 
 
 def test_weights_that_change_in_place_are_followed():
@@ -76,6 +88,16 @@ def test_another_kind_of_run_is_recorded_anew():
     model.double().float()  # other addresses
     before = len(made)
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) > before
+
+
+def test_another_layout_at_the_same_address_is_recorded_anew():
+    model, graphs = small_model(), repeating_graphs()
+    made = count_recordings(graphs)
+    sample(model, graphs=graphs)
+    weight = model.image_encoder.blocks[0].attn.proj.weight
+    before, weight.data = weight.data_ptr(), weight.data.t()  # it is square
+    assert weight.data_ptr() == before
+    assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) == 14
 
 
 def test_latents_that_a_callback_replaces():
@@ -122,6 +144,97 @@ def test_replays_that_differ_are_not_used():
     with pytest.warns(UserWarning, match="a replay differed from the work by up to 1"):
         result = sample(model, graphs=graphs)
     assert torch.equal(result, sample(model))
+
+
+@pytest.mark.parametrize("part", ["image", "video"])
+def test_what_a_failed_recording_left_is_freed_before_sampling_goes_on(part, monkeypatch):
+    model, left = small_model(), []
+
+    class Memory:
+        pass
+
+    def record(work):
+        if left or f"encode_{part}" not in work_done(work):
+            return Repeated(work)
+        memory = Memory()
+        left.append(weakref.ref(memory))
+        raise RuntimeError("out of memory")
+
+    def work_done(work):
+        calls.clear()
+        work()
+        return calls
+
+    def count(name):
+        method = getattr(model, name)
+
+        def call(*arguments, **options):
+            calls.append(name)
+            assert not left or left[0]() is None
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(model, name, call)
+
+    calls, expected = [], sample(model)
+    count("encode_image")
+    count("encode_video")
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert torch.equal(sample(model, graphs=SamplingGraphs(lambda: record)), expected)
+    assert left
+
+
+def test_graphs_that_a_callback_drops_after_a_failure():
+    def make_recorder():
+        def record(work):
+            raise RuntimeError("out of memory")
+
+        return record
+
+    model, graphs = small_model(), SamplingGraphs(make_recorder)
+    with pytest.warns(UserWarning, match="out of memory"):
+        result = sample(model, graphs=graphs, on_set_end=lambda step: graphs.clear())
+    assert torch.equal(result, sample(model))
+
+
+@pytest.mark.parametrize("part", ["sets", "frames"])
+def test_graphs_of_a_part_that_fails_are_freed_at_once(part):
+    recordings = []
+
+    def make_recorder():
+        def record(work):
+            if sum(ref() is not None for ref in recordings) == 4:
+                raise RuntimeError("out of memory")
+            recording = Still(work)
+            recordings.append(weakref.ref(recording))
+            return recording
+
+        return record
+
+    class Still:
+        """A graph that does nothing, and as a graph does not know its work."""
+
+        def __init__(self, work):
+            self.output = work().clone()
+
+        def replay(self):
+            pass
+
+    def count_alive(step):
+        if graphs.failure is not None:
+            alive.append(sum(ref() is not None for ref in recordings))
+
+    model, graphs, alive = small_model(), SamplingGraphs(make_recorder), []
+    other = graphs.frames if part == "sets" else graphs.sets
+    other.failure = "for this test"
+    gc.disable()  # it would come, but at its own time
+    try:
+        # Sets are 4 a frame, frames 5.
+        options = {"steps": 5, "num_frames": 5, "on_set_end": count_alive}
+        with pytest.warns(UserWarning, match="out of memory"):
+            sample(model, graphs=graphs, **options)
+    finally:
+        gc.enable()
+    assert len(recordings) == 4 and alive[-1] == 0
 
 
 def test_one_part_may_fail_alone():
@@ -186,6 +299,101 @@ def test_weights_that_move_between_two_frames_are_followed():
     results += frames
     for result, expected in zip(results, frame_by_frame(model, None, 0), strict=True):
         assert torch.equal(result, expected)
+
+
+# CUDA graphs -------------------------------------------------------------------------------------
+
+
+class StandInCUDA:
+    """What recording needs of torch.cuda, with the rules of memory pools and current streams."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.pools = "default", 0
+        self.graphs_of_pool = Counter()
+        cuda = self
+
+        class Graph:
+            pool = None
+
+            def __del__(self):
+                if self.pool is not None:
+                    cuda.graphs_of_pool[self.pool] -= 1
+
+        self.make_graph = Graph
+        graph_recording._capture_stream.cache_clear()
+        monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+        monkeypatch.setattr("torch.cuda.graph", self.graph)
+        monkeypatch.setattr("torch.cuda.graph_pool_handle", self.new_pool)
+        monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+        monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)
+        monkeypatch.setattr("torch.cuda.stream", self.on_stream)
+        monkeypatch.setattr("torch.cuda.Stream", lambda device: f"capture on {device}")
+
+    def new_pool(self):
+        self.pools += 1
+        return (0, self.pools)
+
+    @contextlib.contextmanager
+    def on_stream(self, stream):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        before, self.stream = self.stream, stream
+        # A pool is known from its first graph on, here for good: cuBLAS has memory of it.
+        if pool in self.graphs_of_pool and self.graphs_of_pool[pool] == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.graphs_of_pool[pool] += 1
+        graph.pool = pool
+        yield
+        self.stream = before  # not where the work fails: ending the capture fails then
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    yield StandInCUDA(monkeypatch)
+    graph_recording._capture_stream.cache_clear()
+
+
+def test_graphs_share_a_pool_while_there_are_any(cuda):
+    record = cuda_recorder()
+    first = record(lambda: torch.ones(1))
+    second = record(lambda: torch.ones(1))
+    assert cuda.pools == 1 and cuda.graphs_of_pool[0, 1] == 2
+    del first
+    third = record(lambda: torch.ones(1))
+    assert cuda.pools == 1
+    del second, third
+    record(lambda: torch.ones(1))
+    assert cuda.pools == 2
+
+
+def test_a_failed_capture_leaves_the_current_stream(cuda):
+    def fail():
+        assert cuda.stream == "capture on 0"
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_recorder()(fail)
+    assert cuda.stream == "default"
+
+
+@pytest.mark.gpu
+def test_a_recorder_whose_graphs_are_gone():
+    # The first product on a new stream takes memory of the pool, which cuBLAS keeps.
+    graph_recording._capture_stream.cache_clear()
+    record, a = cuda_recorder(), torch.randn(64, 64, device="cuda")
+    with torch.inference_mode():
+        for _ in range(2):
+            expected = a @ a
+            recording = record(lambda: a @ a)
+            recording.replay()
+            assert torch.equal(recording.output, expected)
+            del recording
 
 
 @pytest.mark.gpu

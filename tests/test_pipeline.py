@@ -1,15 +1,19 @@
 """NOVAPipeline on small checkpoint folders: opening, saving, every way of sampling, outputs."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_models import Repeated
 
 import nova
+from nova.engine import SamplingGraphs
 from nova.errors import CheckpointError, InputError
 from nova.inputs import InputWarning
 from nova.text import PromptTruncationWarning
@@ -389,6 +393,47 @@ def test_offload_gives_the_same(tiny_video_folder, pipe):
     other = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
     other.enable_model_cpu_offload("cpu")
     assert torch.equal(latents_of(other, image=picture()), latents_of(pipe, image=picture()))
+
+
+def test_offloading_begins_by_initializing_cuda(tiny_video_folder, monkeypatch):
+    """A call resets torch's count of a GPU's memory, which there is from then on."""
+    other, begun = nova.NOVAPipeline.from_pretrained(tiny_video_folder), []
+    monkeypatch.setattr("nova.pipeline.check_device", torch.device)
+    monkeypatch.setattr("torch.cuda.init", lambda: begun.append("cuda"))
+    other.enable_model_cpu_offload("cuda:0")
+    assert begun == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda pipe: pipe.disable_cuda_graphs(),
+        lambda pipe: pipe.enable_model_cpu_offload("cpu"),
+        lambda pipe: pipe.to("cpu"),
+    ],
+    ids=["disable", "offload", "to"],
+)
+def test_graphs_are_freed_at_once(tiny_video_folder, drop):
+    other, recordings = nova.NOVAPipeline.from_pretrained(tiny_video_folder), []
+
+    class Recorded(Repeated):
+        def __init__(self, work):
+            super().__init__(work)
+            del self._work  # which refers back; a graph does not
+            recordings.append(weakref.ref(self))
+
+        def replay(self):
+            pass
+
+    other.graphs = SamplingGraphs(lambda: Recorded)
+    latents_of(other)
+    assert len(recordings) == len(other.graphs) > 0
+    gc.disable()  # it would come, but at its own time
+    try:
+        drop(other)
+        assert all(recording() is None for recording in recordings)
+    finally:
+        gc.enable()
 
 
 def test_cuda_graphs_need_a_gpu(pipe):

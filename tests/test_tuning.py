@@ -154,6 +154,26 @@ def test_what_fails_by_default_is_an_error(monkeypatch):
         measure(clock.choice, clock.work, CPU)
 
 
+def test_what_fails_by_default_in_a_later_turn_is_an_error(monkeypatch):
+    clock = Clock(monkeypatch, {"first": 10.0, "other": 1.0})
+    calls = []
+
+    def work():
+        calls.append(clock.current)
+        if calls.count("other") and clock.current == "first":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clock.work()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(clock.choice, work, CPU)
+
+
+def test_float64_is_measured():
+    choice = Choice("how", Stage.DENOISE, ("one", "other"), lambda name: None, lambda: None)
+    found = measure(choice, lambda: torch.ones(1, dtype=torch.float64), CPU)
+    assert found.seconds.keys() == {"one", "other"}
+
+
 def test_what_is_recorded_is_timed():
     replays = []
 
@@ -243,6 +263,15 @@ def test_tune_by_the_clock(pipe):
     for entry in record.measurements:
         assert entry.chosen in entry.seconds and not entry.refused
     assert nova.report(pipe).tuning is record and str(record) in str(nova.report(pipe))
+    torch.testing.assert_close(frames_of(pipe), before, atol=2e-3, rtol=0)
+
+
+@pytest.mark.gpu
+def test_tune_by_replays_of_graphs(pipe):
+    pipe.to("cuda").enable_cuda_graphs()
+    before = frames_of(pipe)
+    record = nova.tune(pipe, **FAST)
+    assert record.facts["cuda_graphs"] and "INTERNAL ASSERT" not in str(record)
     torch.testing.assert_close(frames_of(pipe), before, atol=2e-3, rtol=0)
 
 
