@@ -100,7 +100,10 @@ def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(result.shape, generator=generator).to(result)
     leaves = [t for t in inputs if t.requires_grad]
-    return [result, *torch.autograd.grad(result, leaves, grad)]
+    # Kept, since torch.compile makes a backward pass that can be repeated, as `time_of` does, only
+    # if the graph is kept when it first runs.
+    gradients = torch.autograd.grad(result, leaves, grad, retain_graph=True)
+    return [result.detach(), *gradients]
 
 
 def gate(
@@ -118,6 +121,11 @@ def gate(
             results = outputs(call, inputs, backward)
         except BackendError as error:
             refused[name] = str(error)
+            continue
+        except Exception as error:  # whatever compilers and libraries raise on some card
+            verdict = "wrong" if name in BACKENDS else "failed"
+            line, *_ = str(error).splitlines() or [""]
+            refused[name] = f"{verdict}: {type(error).__name__}: {line}"
             continue
         for result, plain, right in zip(results, by_torch, exact, strict=True):
             error, of_torch = relative_error(result, right), relative_error(plain, right)
@@ -147,6 +155,8 @@ def measure(
     case: KernelCase, device: torch.device, dtype: torch.dtype, limits: Ceilings
 ) -> list[dict[str, Any]]:
     """Rows of all implementations of a case that are right."""
+    # Else torch compiles later cases for any shape, and after some of them not at all.
+    torch.compiler.reset()
     calls = implementations(case)
     refused = gate(case, calls, device, dtype)
     rows = [
@@ -229,9 +239,13 @@ def main() -> int:
         failed = any(faults(row) for row in rows)
     elif on_gpu:
         limits = measure_ceilings(device, dtype)
-        rows = [row for case in cases for row in measure(case, device, dtype, limits)]
         facts |= limits.facts()
         facts["flash_attn"] = flash_attn_version()
+        rows = []
+        for case in cases:
+            rows += measure(case, device, dtype, limits)
+            if arguments.json:  # what there is, in case that a later one does not end well
+                write_rows(arguments.json, "kernels.py", facts, rows)
         print_times(rows, facts)
         failed = any(row.get("refused", "").startswith("wrong") for row in rows)
     else:

@@ -101,7 +101,9 @@ def _nested(values: Sequence) -> tuple[tuple, ...]:
     return (tuple(values),)
 
 
-@lru_cache(maxsize=64)
+# CUDA graphs keep these addresses, so there is room for all layouts of a recorded run: 94 for the
+# released video model at A = 64.
+@lru_cache(maxsize=1024)
 def _intervals(layout: BlockLayout, device: torch.device) -> Tensor:
     result = torch.empty(4, layout.num_tokens, dtype=torch.int32)
     ends = {block.sequence_start: block.stop for block in layout.blocks()}  # the last one stays

@@ -23,6 +23,8 @@ from nova_kernels.errors import BackendError
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 VARIABLE = "NOVA_KERNELS_BACKEND"
 LIBRARY = library.Library("nova_kernels", "DEF")
+# Looked for once: torch.compile cannot trace a search for modules.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Op:
         """Why an implementation cannot run on these tensors; None if it can."""
         if backend not in self.implementations:
             return f"it is not written for this op; there is {['reference', *self.implementations]}"
-        if backend == "triton" and importlib.util.find_spec("triton") is None:
+        if backend == "triton" and not HAS_TRITON:
             return "Triton is not installed (on Linux it comes with torch's CUDA builds)"
         devices = {tensor.device.type for tensor in tensors}
         if backend == "cpp":

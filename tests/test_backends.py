@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_testing import needs_triton
+from kernel_testing import DEVICE, needs_triton
 from small_models import SMALL, SMALL_ROTARY, sample, small_model, small_prompts
 
 import nova
@@ -23,7 +23,7 @@ RUNS = [
 @pytest.mark.parametrize("config, options", RUNS)
 @needs_triton
 def test_samples_do_not_depend_on_the_backend(config, options):
-    model = small_model(config)
+    model = small_model(config).to(DEVICE)
     model.set_backend("reference")
     expected = sample(model, batch=1, num_frames=2, steps=2, **options)
     model.set_backend("triton")
@@ -34,15 +34,15 @@ def test_samples_do_not_depend_on_the_backend(config, options):
 @pytest.mark.parametrize("config", [SMALL, SMALL_ROTARY])
 @needs_triton
 def test_training_does_not_depend_on_the_backend(config):
-    model, scheduler = small_model(config).requires_grad_(), FlowMatchConfig()
-    latents = torch.randn(1, config.image_dim, 3, *config.latent_size)
+    model, scheduler = small_model(config).to(DEVICE).requires_grad_(), FlowMatchConfig()
+    latents = torch.randn(1, config.image_dim, 3, *config.latent_size).to(DEVICE)
     shape = (config.num_image_tokens, config.token_dim)
     draws = draw_training_noise(latents, shape, scheduler, mask_ratio=0.8, repeats=1)
     results = []
     for backend in ("reference", "triton"):
         model.set_backend(backend)
         model.zero_grad()
-        prefix = model.text_embed(small_prompts(config, 1))
+        prefix = model.text_embed(small_prompts(config, 1).to(DEVICE))
         losses = training_losses(model, latents, prefix, draws, scheduler)
         sum(losses.values()).backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -66,7 +66,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
         return module(op, backend)
 
     monkeypatch.setattr(Op, "module", counted)
-    model = small_model(SMALL)
+    model = small_model(SMALL).to(DEVICE)
     model.set_backend("triton")
     sample(model, batch=1, num_frames=2, steps=2)
     assert called >= {"scale_shift", "residual_norm", "frame_scale_shift", "diffusion_step"}

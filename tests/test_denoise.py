@@ -155,6 +155,7 @@ def test_chunks_of_modulations_change_nothing(monkeypatch):
 
 def test_arguments_that_do_not_fit():
     (x, condition, times, weights), steps = inputs((2, 5), 2, 3), numbers(3)
+    noisy = [dataclasses.replace(step, noise=0.1) for step in steps]
     with pytest.raises(ValueError, match="x must be"):
         run(x[0], condition, times, weights, steps)
     with pytest.raises(ValueError, match="steps not empty"):
@@ -164,9 +165,12 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="time_embeddings"):
         run(x, condition, times[:2], weights, steps)
     with pytest.raises(ValueError, match="add noise"):
-        run(x, condition, times, weights, [dataclasses.replace(s, noise=0.1) for s in steps])
+        run(x, condition, times, weights, noisy)
+    for noise in (randn(3, *x.shape).double(), randn(3, *x.shape).to("meta")):
+        with pytest.raises(ValueError, match="noise must be torch.float32 on"):
+            run(x, condition, times, weights, noisy, noise=noise)
     with pytest.raises(ValueError, match="another one"):
         one_less = dataclasses.replace(weights, modulations=weights.modulations[1:])
         run(x, condition, times, one_less, steps)
     with pytest.raises(BackendError, match="on a GPU"):
-        run(x, condition, times, weights, steps, backend="cuda")
+        run(x.cpu(), condition.cpu(), times, weights, steps, backend="cuda")

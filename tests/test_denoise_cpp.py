@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import kernel_testing
 import pytest
 import torch
 from test_denoise import inputs, numbers, run
@@ -18,6 +19,12 @@ pytestmark = pytest.mark.skipif(
     extension.obstacle() is not None, reason="the C++ extension is not built"
 )
 KERNELS = [] if extension.obstacle() else [name for name, _ in extension.extension().kernels()]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Inputs lie where the kernel runs, whatever the machine has."""
+    monkeypatch.setattr(kernel_testing, "DEVICE", "cpu")
 
 
 def double(value):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import kernel_testing
 import pytest
 import torch
 from cuda_emulation import emulated_extension, needs_compiler
@@ -19,6 +20,12 @@ from nova_kernels.cuda_kernels.denoise_plan import (
 from nova_kernels.ops.denoise import MAX_STEPS_PER_LAUNCH, modulate, with_unit_scale
 
 pytestmark = needs_compiler
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Inputs lie where the emulator runs, whatever the machine has."""
+    monkeypatch.setattr(kernel_testing, "DEVICE", "cpu")
 
 
 def plan_for(given, clusters, cluster_size, streamed=False):

@@ -75,6 +75,10 @@ def test_what_the_numbers_mean(backend):
         assert torch.allclose(ours[chosen].norm(), of_cond[chosen].norm())
 
 
+def test_coefficients_as_a_list_are_in_the_order_of_the_fields():
+    assert StepCoefficients(*range(6)).as_list() == list(range(6))
+
+
 def test_three_passes_and_renorm_over_the_whole_frame():
     """Written out over whole frames, with the noisy tokens as predictions outside the set."""
     numbers = StepCoefficients(0.0, 1.0, guidance=4.0, image_guidance=1.5, renorm=0.3)

@@ -61,6 +61,19 @@ def test_triton_is_as_exact_as_torch(shapes, dtype):
         assert_as_exact_as_torch(ours, theirs, right)
 
 
+@needs_triton
+def test_features_of_frame_0_in_another_dtype():
+    first, *others = inputs((3, 40), (3, 40), 5)
+    halves = [tensor.detach().half().requires_grad_() for tensor in others]
+    result = frame_scale_shift(first, *halves, backend="triton")
+    expected = frame_scale_shift(first, *others)
+    assert result.dtype == torch.float32 and torch.allclose(result, expected, atol=1e-2)
+    gradients = torch.autograd.grad(result.sum(), [first, *halves])
+    right = torch.autograd.grad(expected.sum(), [first, *others])
+    for ours, exact, leaf in zip(gradients, right, [first, *halves], strict=True):
+        assert ours.dtype == leaf.dtype and torch.allclose(ours.float(), exact, atol=2e-2)
+
+
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_reference_is_the_layer(shapes):
     leaves = in_float64(*inputs(*shapes))

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_cases
+import kernels
 import pytest
 import torch
+from ceilings import Ceilings
 from kernel_testing import needs_triton
+from torch._dynamo.backends.debugging import aot_eager
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +52,39 @@ def test_costs_without_a_gpu(tmp_path):
     # Two tensors read and one written, in bfloat16.
     assert row["bytes"] == 3 * 48 * 1800 * 1024 * 2
     assert row["A100_floor_us"] == pytest.approx(row["bytes"] / 2.039e12 * 1e6)
+
+
+def test_torch_compile_is_timed_as_such(monkeypatch):
+    """Every case is compiled for its own shape, forward and backward, which run several times."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: torch_compile(function, backend=backend))
+    monkeypatch.setattr(kernels, "BACKENDS", ("reference",))
+    monkeypatch.setattr(kernels, "milliseconds", lambda call: len([call(), call()]))
+    limits = Ceilings(1e12, 1e12)
+    for count, width in enumerate(range(8, 18), start=1):
+        case = kernel_cases.residual_norm(6, width)
+        rows = kernels.measure(case, torch.device("cpu"), torch.float32, limits)
+        timed = [row["direction"] for row in rows if row["implementation"] == "torch.compile"]
+        assert timed == ["forward", "backward"]
+        assert len(compiled) == 2 * count  # with gradients and without
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch):
+    def fail(*inputs):
+        raise RuntimeError("no kernel image\nis there")
+
+    case, device = kernel_cases.residual_norm(6, 8), torch.device("cpu")
+    reference = kernels.implementations(case)["reference"]
+    calls = {"reference": reference, "peer": fail, "cuda": fail}
+    refused = kernels.gate(case, calls, device, torch.float32)
+    assert refused["peer"] == "failed: RuntimeError: no kernel image"
+    assert refused["cuda"].startswith("wrong: ")  # of ours everything has to run or say so
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ from kernel_testing import DEVICE, DTYPES, needs_triton
 
 import nova_kernels
 from nova_kernels import reporting
+from nova_kernels.cpp_kernels import extension as cpp_extension
+from nova_kernels.cuda_kernels import extension as cuda_extension
 from nova_kernels.dispatch import VARIABLE, Op
 from nova_kernels.ops import scale_shift
 from nova_kernels.self_check import self_checks
@@ -73,6 +75,15 @@ def test_automatic_choice_of_what_is_verified(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     op = Op("scale_shift", verified=frozenset({"triton"}))
     assert op.choose("auto", torch.empty(0)) == "triton"
+
+
+def test_torch_compile_can_trace_what_says_whether_an_extension_is_there():
+    def run(x):
+        obstacles = cuda_extension.obstacle(), cpp_extension.obstacle()
+        return x + sum(obstacle is None for obstacle in obstacles)
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))
 
 
 def test_unknown_attribute():

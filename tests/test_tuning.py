@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_testing import DEVICE
 from reference_stand_in import StandInPipeline
 from small_models import SMALL, SMALL_ROTARY, repeating_graphs, sample, small_model, small_prompts
 from test_engine import count_recordings
@@ -71,7 +72,8 @@ def strides(model):
 @pytest.mark.parametrize("library", [*installed_libraries(CPU), "triton"])
 @pytest.mark.parametrize("queries, keys", [(5, 5), (3, 20)])
 def test_attention_libraries(library, queries, keys):
-    q, k, v = (torch.randn(2, 3, n, 32) for n in (queries, keys, keys))
+    device = DEVICE if library == "triton" else CPU
+    q, k, v = (torch.randn(2, 3, n, 32, device=device) for n in (queries, keys, keys))
     expected = (q.double() @ k.double().mT / 32**0.5).softmax(-1) @ v.double()
     torch.testing.assert_close(attend(q, k, v, library), expected.float())
 

@@ -5,11 +5,13 @@ from types import ModuleType
 from nova_kernels import compiled
 
 NAME = "nova_kernels._cpp"
+# Tried once: torch.compile cannot trace an import.
+_OBSTACLE = compiled.obstacle(NAME, "C++", "a C++ compiler")
 
 
 def obstacle() -> str | None:
     """Why there is no compiled module; None if there is."""
-    return compiled.obstacle(NAME, "C++", "a C++ compiler")
+    return _OBSTACLE
 
 
 def extension() -> ModuleType:

@@ -9,11 +9,13 @@ from nova_kernels import compiled
 
 NAME = "nova_kernels._cuda"
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Tried once: torch.compile cannot trace an import.
+_OBSTACLE = compiled.obstacle(NAME, "CUDA", "nvcc")
 
 
 def obstacle() -> str | None:
     """Why there is no compiled module; None if there is."""
-    return compiled.obstacle(NAME, "CUDA", "nvcc")
+    return _OBSTACLE
 
 
 def extension() -> ModuleType:

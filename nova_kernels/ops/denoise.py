@@ -292,3 +292,8 @@ def _check(
         if noise is None:
             raise ValueError("denoise: these steps add noise; give it")
         require(noise, "noise", len(steps), *x.shape)
+        if (noise.dtype, noise.device) != (x.dtype, x.device):  # kernels get its address alone
+            raise ValueError(
+                f"denoise: noise must be {x.dtype} on {x.device} as x, got {noise.dtype} on "
+                f"{noise.device}"
+            )

@@ -36,6 +36,11 @@ class StepCoefficients:
     image_guidance: float = 0.0
     renorm: float = 1.0
 
+    def as_list(self) -> list[float]:
+        """All of them in order; by name, since torch.compile cannot trace `vars` of a dataclass."""
+        guidance = [self.guidance, self.image_guidance, self.renorm]
+        return [self.sample, self.prediction, self.noise, *guidance]
+
 
 def diffusion_step(
     x: Tensor,
@@ -77,7 +82,7 @@ def diffusion_step(
         return reference(x, predictions, step, noise, outside, mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise ValueError("diffusion_step has no gradient; call it under torch.no_grad()")
-    arguments = (x, predictions, noise, outside, mask, list(vars(step).values()), chosen)
+    arguments = (x, predictions, noise, outside, mask, step.as_list(), chosen)
     if through_operator():
         return torch.ops.nova_kernels.diffusion_step(*arguments)
     return _step(*arguments)

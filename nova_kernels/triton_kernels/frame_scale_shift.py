@@ -138,7 +138,7 @@ def backward(
     hidden, grad_hidden = made["hidden_out"], made["grad_hidden_out"]
     rows = grad.reshape(-1, grad.shape[-1])
     of_scale = (grad * first).reshape(-1, grad.shape[-1])
-    grad_up = torch.cat([of_scale.T @ hidden, rows.T @ hidden])
+    grad_up = torch.cat([part.T.to(hidden.dtype) @ hidden for part in (of_scale, rows)])
     grad_bias = torch.cat([part.sum(0, dtype=torch.float32) for part in (of_scale, rows)])
     active = torch.nn.functional.silu(current).reshape(rows.shape)
     grad_down = grad_hidden.T @ active
