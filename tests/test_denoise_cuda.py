@@ -14,6 +14,7 @@ from nova_kernels.cuda_kernels.denoise_plan import (
     DenoiseShape,
     DeviceLimits,
     obstacle,
+    obstacle_of_memory,
     plan_denoise,
     shared_bytes,
 )
@@ -140,6 +141,16 @@ def test_plans_of_known_geometries():
     assert (a100.clusters, a100.cluster_size, a100.units, a100.weight_slots) == (108, 1, 2, 2)
     small = dataclasses.replace(shape, width=192, token_dim=64)
     assert plan_denoise(small, DeviceLimits({1: 108}, 166_912)).weight_slots == 6
+
+
+def test_cards_with_little_shared_memory():
+    """They take a sequence of launches; one that runs no cooperative launch is another matter."""
+    shape = DenoiseShape(tokens=22, passes=2, width=1280, depth=3, token_dim=16)
+    consumer = DeviceLimits({4: 0, 2: 0, 1: 128}, 101_376)  # sm_86 and sm_89
+    assert "101376 bytes of shared memory" in obstacle_of_memory(shape, consumer)
+    assert obstacle_of_memory(dataclasses.replace(shape, width=1024), consumer) is None
+    none = dataclasses.replace(consumer, clusters={4: 0, 2: 0, 1: 0})
+    assert plan_denoise(shape, none) is None and obstacle_of_memory(shape, none) is None
 
 
 @pytest.mark.parametrize("width", [768, 1024, 1280, 1536])

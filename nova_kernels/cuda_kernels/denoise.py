@@ -13,6 +13,7 @@ from nova_kernels.cuda_kernels.denoise_plan import (
     DenoisePlan,
     DenoiseShape,
     DeviceLimits,
+    obstacle_of_memory,
     plan_denoise,
 )
 from nova_kernels.cuda_kernels.denoise_plan import obstacle as obstacle_of_shape
@@ -40,7 +41,11 @@ def obstacle(
         return f"it takes float16 or bfloat16, the same for tokens and weights, got {names}"
     if outside is not None and outside.noise is not None:
         return "renormalised guidance with noise outside of the set needs a sequence of launches"
-    return obstacle_of_shape(shape)
+    reason = obstacle_of_shape(shape)
+    if reason is None and x.is_cuda:
+        limits = device_limits(extension(), x.device, x.dtype, shape.passes)
+        reason = obstacle_of_memory(shape, limits)
+    return reason
 
 
 def run(
@@ -141,8 +146,8 @@ def _plan(
     plan = plan_denoise(shape, limits)
     if plan is None:
         raise BackendError(
-            f"denoise: {torch.cuda.get_device_name(device)} has too little shared memory for a "
-            f"width of {shape.width}; use backend='triton' or 'reference'"
+            f"denoise: {torch.cuda.get_device_name(device)} cannot run all blocks of a width of "
+            f"{shape.width} at the same time; use backend='triton' or 'reference'"
         )
     return plan
 

@@ -85,6 +85,13 @@ def obstacle(shape: DenoiseShape) -> str | None:
     return None
 
 
+def obstacle_of_memory(shape: DenoiseShape, limits: DeviceLimits) -> str | None:
+    """Why shared memory does not hold a call; None if it does, or if no blocks run at all."""
+    if any(limits.clusters.values()) and plan_denoise(shape, limits) is None:
+        return f"width {shape.width}: {limits.shared_bytes} bytes of shared memory are too few"
+    return None
+
+
 def plan_denoise(shape: DenoiseShape, limits: DeviceLimits) -> DenoisePlan | None:
     """The first division that keeps all weights on the chip, else the first that streams them.
 
