@@ -6,6 +6,7 @@ with another seed than those of training; of the new combinations, training had 
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ SPLITS = {NEW_CAPTIONS: False, NEW_COMBINATIONS: True}
 SWEPT_MOTIONS = (*DIRECTIONS, *TURNS, *BOUNCES)
 # Multiples of it, modulo 1, fill the range from 0 to 1 evenly however many are taken.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+LEAST_SPEED = 1 / 640  # a tenth of a slow shape's, in shorter sides a frame
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,44 @@ def draw_swept_case(
 
 
 def nearest_possible_score(case: Case) -> float:
-    """The score nearest to the one asked for among real clips that the swept caption allows.
+    """The score nearest to the one asked for among real clips that the swept caption allows."""
+    scores = [motion_score(clip, shapes.FPS) for clip in _renditions(case, case.scene.background)]
+    return min(scores, key=lambda score: abs(score - case.motion))
 
-    All sizes and speeds for which the motion has room are drawn.
+
+def score_without_flicker(case: Case, frames: np.ndarray) -> float:
+    """Score of the real clip of a swept caption that is most like a generated one.
+
+    It has the background, and of all sizes and speeds those nearest to what is measured on `frames`
+    uint8 (T, H, W, 3); so it moves as that clip does, without the wobbling of generated outlines,
+    which optical flow counts as motion. Where no shape is seen, the score of `frames`.
     """
+    seen = shapes.measure(frames)
+    if not seen.objects:
+        return motion_score(frames, shapes.FPS)
+    wanted = _size_and_speed(seen)
+
+    def difference(clip: np.ndarray) -> float:
+        return float(np.abs(_size_and_speed(shapes.measure(clip)) - wanted).sum())
+
+    return motion_score(min(_renditions(case, seen.background), key=difference), shapes.FPS)
+
+
+def _renditions(case: Case, background: str) -> Iterator[np.ndarray]:
+    """Real clips of a swept case in all sizes and speeds for which its motion has room."""
     (thing,) = case.scene.objects
     num_frames, *size = case.frames.shape[:3]
-    scores = [motion_score(case.frames, shapes.FPS)]
     for shape_size, speed in itertools.product(SIZES, SPEEDS):
         changed = dataclasses.replace(thing, size=shape_size, speed=speed)
-        scene = dataclasses.replace(case.scene, objects=(changed,))
-        if changed != thing and fits(scene, num_frames, *size):
-            scores.append(motion_score(shapes.render(scene, num_frames, *size), shapes.FPS))
-    return min(scores, key=lambda score: abs(score - case.motion))
+        scene = dataclasses.replace(case.scene, objects=(changed,), background=background)
+        if changed == thing or fits(scene, num_frames, *size):
+            yield shapes.render(scene, num_frames, *size)
+
+
+def _size_and_speed(seen: shapes.Measurement) -> np.ndarray:
+    """Logarithms of the largest shape's radius and speed."""
+    shape = seen.objects[0]
+    return np.log([np.median(shape.radii), max(shape.speed, LEAST_SPEED)])
 
 
 def _noise_seed(kind: str, seed: int, index: int) -> int:

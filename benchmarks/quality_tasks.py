@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from quality_cases import NEW_COMBINATIONS, SPLITS, Case, nearest_possible_score
+from quality_cases import (
+    NEW_COMBINATIONS,
+    SPLITS,
+    Case,
+    nearest_possible_score,
+    score_without_flicker,
+)
 from quality_evaluation import Evaluation, progress
 from quality_results import Example, Quantity, Section, TaskResult
 from quality_scoring import (
@@ -59,11 +65,18 @@ def motion(evaluation: Evaluation) -> TaskResult:
     measured = _scores(clips)
     possible = [nearest_possible_score(c) for c in progress(swept_cases, "possible scores")]
     swept = _correlation_section("swept", swept_cases, measured, possible)
+    clean = [
+        score_without_flicker(case, clip)
+        for case, clip in zip(swept_cases, progress(clips, "without flicker"), strict=True)
+    ]
+    steady = _correlation_section(
+        "swept, without flicker", swept_cases, clean, possible, wanted=None
+    )
     shown = tuple(
         Example(f"{case.caption} | asked for {case.motion:.1f}, measured {score:.1f}", clip)
         for case, score, clip in zip(swept_cases, measured, clips, strict=True)
     )
-    return TaskResult("motion", (as_in_the_data, swept), shown[:NUM_EXAMPLES])
+    return TaskResult("motion", (as_in_the_data, swept, steady), shown[:NUM_EXAMPLES])
 
 
 def image_to_video(evaluation: Evaluation) -> TaskResult:
@@ -92,7 +105,12 @@ def _scores(clips: Sequence[np.ndarray]) -> list[float]:
 
 
 def _correlation_section(
-    name: str, cases: Sequence[Case], measured: Sequence[float], best: Sequence[float]
+    name: str,
+    cases: Sequence[Case],
+    measured: Sequence[float],
+    best: Sequence[float],
+    *,
+    wanted: float | None = CORRELATION_WANTED,
 ) -> Section:
     """The rank correlation of what the cases ask for with what was measured.
 
@@ -109,7 +127,7 @@ def _correlation_section(
         unit="",
         ceiling=rank_correlation(asked, best),
         floor=rank_correlation(asked, np.roll(measured, 1)),
-        wanted=CORRELATION_WANTED,
+        wanted=wanted,
     )
     pairs = tuple(zip(asked.tolist(), measured.tolist(), strict=True))
     return Section(name, (quantity,), pairs=pairs)

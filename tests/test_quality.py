@@ -11,7 +11,7 @@ import quality_frechet
 import quality_statistics
 import torch
 from frechet import FeatureSpace, clip_features, frechet_distance, gaussian_frechet_distance
-from quality_cases import NEW_CAPTIONS, NEW_COMBINATIONS, draw_case
+from quality_cases import NEW_CAPTIONS, NEW_COMBINATIONS, draw_case, score_without_flicker
 from quality_evaluation import CaseSet, Evaluation
 from quality_longer import continuation, extrapolation
 from quality_results import Quantity, Section, TaskResult
@@ -23,7 +23,7 @@ import nova
 from nova import shapes
 from nova.errors import InputError
 from nova.media import read_image
-from nova.motion import require_opencv
+from nova.motion import motion_score, require_opencv
 
 require_opencv().setNumThreads(1)
 
@@ -219,6 +219,20 @@ def test_motion_of_real_clips(right):
     assert swept.value < 0.6 and not swept.reached
     assert swept.ceiling > 0.8
     assert swept.low < swept.value < swept.high
+    # Real clips do not flicker, so that nothing is to be left out.
+    steady = sections["swept, without flicker"]["rank correlation"]
+    assert steady.value == pytest.approx(swept.value, abs=0.02) and steady.wanted is None
+
+
+def test_flicker_is_left_out_of_scores(right):
+    (case,) = right.swept_cases()[:1]
+    still = motion_score(case.frames, shapes.FPS)
+    noise = np.random.default_rng(0).normal(0, 12, case.frames.shape)
+    noisy = np.clip(case.frames + noise, 0, 255).astype(np.uint8)
+    assert motion_score(noisy, shapes.FPS) > 1.2 * still
+    assert score_without_flicker(case, noisy) == pytest.approx(still)
+    nothing = np.full_like(case.frames, 128)
+    assert score_without_flicker(case, nothing) == motion_score(nothing, shapes.FPS)
 
 
 def test_swept_captions_say_nothing_of_speed_and_size(right):

@@ -112,4 +112,4 @@ train_clips starts-all 1500 clips-more image-model-all/checkpoints/step-00001250
 train_clips clips-5 6000 clips-more starts-all/checkpoints/step-00001500 --batch-size 32 \
     --schedule cosine --mask-ratio-std 0.4 --mask-ratio-min 0.1
 [ -d "$out/shapes" ] || nova export "$out/clips-5/checkpoints/step-00006000" --out "$out/shapes" \
-    --steps 16 --diffusion-steps 20 --guidance 4 --motion 2
+    --steps 16 --diffusion-steps 20 --guidance 2.5 --motion 2
