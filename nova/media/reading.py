@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def read_video(
     path = _existing_file(path)
     av = require("av")
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), **_tolerance(av)) as container:
             stream, native_fps = _video_stream(container, path)
             decoded = _decode(container, stream, native_fps, path)
             if fps is None:
@@ -106,6 +107,11 @@ def read_video(
     if len({frame.shape for frame in frames}) > 1:
         raise MediaError(f"{path} changes its frame size midway; re-encode it at one size.")
     return np.stack(frames), float(native_fps if fps is None else fps)
+
+
+def _tolerance(av: ModuleType) -> dict[str, str]:
+    """Before version 19 PyAV refused files whose tags are not UTF-8, unless told otherwise."""
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def _video_stream(container: Any, path: Path) -> tuple[Any, float]:
