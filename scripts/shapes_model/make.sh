@@ -101,7 +101,7 @@ train_clips clips-4 6500 clips-read starts-read/checkpoints/step-00005000 --batc
 
 # Where some tokens of a frame are visible, they tell the background, and of later frames the motion,
 # so that captions and motion scores are followed only as far as frames without any were trained on:
-# one step in eight with the reference's mask ratios, one in thirty with few masked tokens. Here all
+# one step in eight with the reference's mask ratios, one in twenty with few masked tokens. Here all
 # tokens are masked, in images and in two latents; then whole clips, with something of both.
 all="--mask-ratio-min 0.97"
 encode_images text 24000 6 images-more
