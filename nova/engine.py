@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .conditioning import Conditioning
 from .graph_cache import GraphCache
-from .graph_recording import Recorder, cuda_recorder
+from .graph_recording import CUDARecorder, Recorder
 from .guidance import Guidance
 from .model import NOVATransformer
 from .set_graphs import GraphedSteps, RecordedSteps
@@ -31,7 +31,7 @@ class SamplingGraphs:
         sets, frames: graphs of the steps of the set loop, and of the video encoder's passes.
     """
 
-    def __init__(self, make_recorder: Callable[[], Recorder] = cuda_recorder):
+    def __init__(self, make_recorder: Callable[[], Recorder] = CUDARecorder):
         self._make_recorder = make_recorder
         self._record: Recorder | None = None
         self.sets: GraphCache[RecordedSteps] = GraphCache("set loop", self._recorder)

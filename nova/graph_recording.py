@@ -59,7 +59,7 @@ class CUDAGraphRecording:
 
 
 class CUDARecorder:
-    """Records work into CUDA graphs, which share a pool of memory as long as there are any."""
+    """Records work on the current GPU into CUDA graphs, which share a pool of memory."""
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
@@ -72,11 +72,6 @@ class CUDARecorder:
         recording = CUDAGraphRecording(work, self._pool)
         self._recordings.add(recording)
         return recording
-
-
-def cuda_recorder() -> Recorder:
-    """A function that records work into CUDA graphs of one memory pool, on the current GPU."""
-    return CUDARecorder()
 
 
 @cache

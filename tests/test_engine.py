@@ -21,7 +21,7 @@ from small_models import (
 
 from nova import graph_recording
 from nova.engine import SamplingGraphs
-from nova.graph_recording import cuda_recorder
+from nova.graph_recording import CUDARecorder
 from nova.guidance import Guidance
 from nova.schedule import DDPMConfig
 
@@ -360,7 +360,7 @@ def cuda(monkeypatch):
 
 
 def test_graphs_share_a_pool_while_there_are_any(cuda):
-    record = cuda_recorder()
+    record = CUDARecorder()
     first = record(lambda: torch.ones(1))
     second = record(lambda: torch.ones(1))
     assert cuda.pools == 1 and cuda.graphs_of_pool[0, 1] == 2
@@ -378,7 +378,7 @@ def test_a_failed_capture_leaves_the_current_stream(cuda):
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        cuda_recorder()(fail)
+        CUDARecorder()(fail)
     assert cuda.stream == "default"
 
 
@@ -386,7 +386,7 @@ def test_a_failed_capture_leaves_the_current_stream(cuda):
 def test_a_recorder_whose_graphs_are_gone():
     # The first product on a new stream takes memory of the pool, which cuBLAS keeps.
     graph_recording._capture_stream.cache_clear()
-    record, a = cuda_recorder(), torch.randn(64, 64, device="cuda")
+    record, a = CUDARecorder(), torch.randn(64, 64, device="cuda")
     with torch.inference_mode():
         for _ in range(2):
             expected = a @ a

@@ -11,7 +11,7 @@ from ..attention_libraries import flash_attn_version
 from ..devices import out_of_memory
 from ..engine import SamplingGraphs
 from ..errors import InputError
-from ..graph_recording import cuda_recorder
+from ..graph_recording import CUDARecorder
 from ..guidance import Guidance
 from ..model import NOVATransformer
 from ..request import Request
@@ -171,7 +171,7 @@ def tune_sampler(
 def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) -> TuningRecord:
     """One choice after the other, each with those before it as they were made."""
     step = MiddleStep(run.model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
-    recorder = cuda_recorder() if facts["cuda_graphs"] else None
+    recorder = CUDARecorder() if facts["cuda_graphs"] else None
     measurements: list[Measurement] = []
     stages: list[Measurement] = []
     for stage in Stage:
