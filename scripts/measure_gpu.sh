@@ -3,8 +3,9 @@
 #   sh scripts/measure_gpu.sh FOLDER                # JSON files, plots and logs go there
 #   sh scripts/measure_gpu.sh FOLDER build video    # these steps alone
 # Copy the JSON files to benchmarks/results once they are right. PYTHON (python3) must have torch with
-# CUDA, and is installed into. Every step has a time limit, and what it had finished by then stays;
-# SLOWER=3 gives three times as long. What fails is said at the end; the rest is run all the same.
+# CUDA, and is installed into; without a network set PIP_NO_DEPS=1, or PIP_NO_INDEX=1 and
+# PIP_FIND_LINKS to a folder of wheels. Every step has a time limit, and what it had finished by then
+# stays; SLOWER=3 gives three times as long. What fails is said at the end; the rest is run all the same.
 out=${1:?name a folder for the results}
 shift
 steps=${*:-build ops op_tests gpu_tests batch1 batch4 batch24 kernels denoise roofline}
@@ -39,7 +40,8 @@ step 30 ops "$python" -m nova_kernels
 step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_frame_scale_shift.py tests/test_rope3d.py tests/test_diffusion_step.py \
     tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
-step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu tests
+# Those of media files use no GPU, and cannot be collected without PyAV.
+step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
 fps 90 batch1 --batch 1 --run-latents 2 --repeats 2
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
