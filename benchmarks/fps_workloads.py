@@ -134,7 +134,7 @@ def choose_workloads(
     else:
         workloads = list(DEFAULTS[device_type])
     if "run_frames" in changes:
-        changes["num_sets"] = None
+        changes["num_sets"] = None  # in place of a few sets, which a CPU takes by default
     workloads = [replace(workload, **changes) for workload in workloads]
     for part, is_wanted in (("text", text), ("vae", vae)):
         workloads = [_with_part(workload, part, is_wanted, device_type) for workload in workloads]

@@ -42,7 +42,7 @@ def obstacle(
     if outside is not None and outside.noise is not None:
         return "renormalised guidance with noise outside of the set needs a sequence of launches"
     reason = obstacle_of_shape(shape)
-    if reason is None and x.is_cuda:
+    if reason is None and x.is_cuda and _plan(extension(), shape, x.device, x.dtype) is None:
         limits = device_limits(extension(), x.device, x.dtype, shape.passes)
         reason = obstacle_of_memory(shape, limits)
     return reason
@@ -80,6 +80,11 @@ def run(
     width, depth = weights.width, len(weights.blocks)
     shape = DenoiseShape(batch * tokens, passes, width, depth, token_dim)
     plan = plan or _plan(module, shape, x.device, x.dtype)
+    if plan is None:
+        raise BackendError(
+            f"denoise: {torch.cuda.get_device_name(x.device)} cannot run all blocks of a width of "
+            f"{width} at the same time; use backend='triton' or 'reference'"
+        )
     out, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     layers = [layer for block in weights.blocks for layer in (block.fc1, block.fc2)]
     norms = [block.norm for block in weights.blocks]
@@ -139,17 +144,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+@cache
 def _plan(
     module: ModuleType, shape: DenoiseShape, device: torch.device, dtype: torch.dtype
-) -> DenoisePlan:
-    limits = device_limits(module, device, dtype, shape.passes)
-    plan = plan_denoise(shape, limits)
-    if plan is None:
-        raise BackendError(
-            f"denoise: {torch.cuda.get_device_name(device)} cannot run all blocks of a width of "
-            f"{shape.width} at the same time; use backend='triton' or 'reference'"
-        )
-    return plan
+) -> DenoisePlan | None:
+    """Made once for the sets of a size, since it is asked for twice at every set."""
+    return plan_denoise(shape, device_limits(module, device, dtype, shape.passes))
 
 
 @cache
