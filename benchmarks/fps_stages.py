@@ -102,7 +102,7 @@ class TimedSteps(SetSteps):
     """Steps of the set loop; what is not the image encoder in them is the denoise loop."""
 
     def __init__(self, steps: SetSteps, clock: StageClock):
-        super().__init__(steps.model, steps.head, steps.schedule, steps.guidance)
+        super().__init__(steps.model, steps.head, steps.schedule, steps.guidance, steps.blocks)
         self._clock = clock
 
     def run(self, frame: FrameTensors, drawn: SetNoise, numbers: SetNumbers) -> Tensor:

@@ -4,6 +4,8 @@ Parameter names are the reference's. The methods are pure: what a run needs to r
 latents, orders) is held by the caller.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -277,6 +279,7 @@ class NOVATransformer(nn.Module):
         *,
         rotary: Rotary | None = None,
         rows: slice | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> Tensor:
         """First half of the blocks on [cond, revealed], second half on [cond, revealed, masked].
 
@@ -288,11 +291,12 @@ class NOVATransformer(nn.Module):
             masked: (B, N - n, E) mask tokens of the others.
             rotary: table of all C + N tokens in the order [cond, revealed, masked].
             rows: among the N image tokens, those wanted; None: all.
+            blocks: in place of the encoder's own, see `packed_blocks`.
 
         Returns:
             (B, rows or N, E), after the final norm.
         """
-        blocks = self.image_encoder.blocks
+        blocks = self.image_encoder.blocks if blocks is None else blocks
         half = len(blocks) // 2
         x = torch.cat([cond, revealed], dim=1)
         first_rotary = None if rotary is None else rotary.slice(0, x.shape[1])

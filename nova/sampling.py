@@ -21,6 +21,7 @@ from .head import PreparedHead
 from .layers import patchify, unpatchify
 from .model import NOVATransformer
 from .noise import NoiseSource
+from .packed_blocks import packed_blocks
 from .schedule import DiffusionSchedule
 from .set_step import SetNumbers, SetSteps
 from .token_order import TokenOrder
@@ -88,7 +89,8 @@ def generate_frames(
         head = PreparedHead(
             model.image_decoder, torch.tensor(schedule.timesteps, device=model.device)
         )
-        steps = SetSteps(model, head, schedule, guidance)
+        blocks = packed_blocks(model.image_encoder.blocks)
+        steps = SetSteps(model, head, schedule, guidance, blocks)
         if graphs is None:
             context = VideoContext(model, conditioning, guidance, window)
         else:

@@ -22,7 +22,7 @@ class GraphedSteps(SetSteps):
     """The steps of a run, replayed where there is a graph."""
 
     def __init__(self, cache: "GraphCache[RecordedSteps]", steps: SetSteps):
-        super().__init__(steps.model, steps.head, steps.schedule, steps.guidance)
+        super().__init__(steps.model, steps.head, steps.schedule, steps.guidance, steps.blocks)
         self._cache = cache
         self._recorded: RecordedSteps | None = None
 
@@ -33,7 +33,7 @@ class GraphedSteps(SetSteps):
         self._recorded = self._cache.get(
             self._key(cond, order), lambda record: RecordedSteps(self, cond, order, record)
         )
-        return self._recorded.begin_frame(self.head, cond, order)
+        return self._recorded.begin_frame(self, cond, order)
 
     def run(self, frame: FrameTensors, drawn: SetNoise, numbers: SetNumbers) -> Tensor:
         # Failures are forgotten when graphs are dropped, as a callback may do inside a frame.
@@ -69,7 +69,9 @@ class RecordedSteps:
     """
 
     def __init__(self, steps: SetSteps, cond: Tensor, order: TokenOrder, record: Recorder):
-        self._steps = SetSteps(steps.model, steps.head, steps.schedule, steps.guidance)
+        self._steps = SetSteps(
+            steps.model, steps.head, steps.schedule, steps.guidance, steps.blocks
+        )
         self._record = record
         rotary = order.rotary
         if rotary is not None:
@@ -81,17 +83,18 @@ class RecordedSteps:
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def begin_frame(self, head: PreparedHead, cond: Tensor, order: TokenOrder) -> FrameTensors:
-        """Put a frame's tensors where the graphs read them."""
+    def begin_frame(self, steps: SetSteps, cond: Tensor, order: TokenOrder) -> FrameTensors:
+        """Put a frame's tensors, and what its run prepared, where the graphs read them."""
         self._frame.cond.copy_(cond)
         self._frame.masked.copy_(order.masked)
         if order.rotary is not None:
             self._frame.rotary.cos.copy_(order.rotary.cos)
             self._frame.rotary.sin.copy_(order.rotary.sin)
-        # What a run prepares anew; weights themselves are where they were (see `weights_key`).
-        for kept, fresh in zip(_tensors(self._steps.head), _tensors(head), strict=True):
+        # Weights themselves are where they were (see `weights_key`).
+        for kept, fresh in zip(_tensors(self._steps.head), _tensors(steps.head), strict=True):
             if kept.data_ptr() != fresh.data_ptr():
                 kept.copy_(fresh)
+        self._steps.blocks = steps.blocks
         self._steps.head.weights.renew()
         return self._frame
 

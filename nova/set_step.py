@@ -3,6 +3,7 @@
 The step is a function of tensors alone, its noise included, so that it can be recorded (engine.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .denoising import SetNoise, denoise
 from .guidance import Guidance
 from .head import PreparedHead
-from .layers import Rotary
+from .layers import Block, Rotary
 from .model import NOVATransformer
 from .schedule import DiffusionSchedule
 from .token_order import TokenOrder
@@ -53,6 +54,7 @@ class SetSteps:
 
     Args:
         head: of the model, prepared for `schedule`.
+        blocks: of the image encoder, arranged for the run; None: the model's own.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class SetSteps:
         head: PreparedHead,
         schedule: DiffusionSchedule,
         guidance: Guidance,
+        blocks: Sequence[Block] | None = None,
     ):
-        self.model, self.head = model, head
+        self.model, self.head, self.blocks = model, head, blocks
         self.schedule, self.guidance = schedule, guidance
 
     def begin_frame(self, cond: Tensor, order: TokenOrder) -> FrameTensors:
@@ -78,6 +81,7 @@ class SetSteps:
             frame.masked[:, start:],
             rotary=frame.rotary,
             rows=slice(start, stop),
+            blocks=self.blocks,
         )
         return denoise(
             self.head,

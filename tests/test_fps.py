@@ -23,6 +23,7 @@ from small_models import small_model
 from nova.errors import ConfigError, InputError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
+from nova_kernels import onednn
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=2, vae="tiny")
@@ -266,9 +267,17 @@ def test_ceilings_of_this_machine(monkeypatch):
     monkeypatch.setattr("ceilings.COPIED_BYTES", 1000)
     seconds = iter([9.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0, 5.0, 4.0, 8.0, 7.0, 6.0])
     monkeypatch.setattr("ceilings.timed", lambda call, device: (call(), next(seconds)))
-    ceilings = measure_ceilings(CPU, torch.float32)
+    ceilings = measure_ceilings(CPU, torch.float64)
     # The fastest copy took two seconds and the fastest product four; the first did not count.
     assert ceilings == Ceilings(rate=2 * 64**3 / 4, bandwidth=2 * 1000 / 2)
+
+
+@pytest.mark.skipif(not onednn.is_usable(torch.zeros(1)), reason="torch has no oneDNN here")
+def test_the_ceiling_is_that_of_the_faster_product(monkeypatch):
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    seconds = iter([*[1.0] * 6, *[4.0] * 6, *[3.0] * 6])  # copies, torch's products, oneDNN's
+    monkeypatch.setattr("ceilings.timed", lambda call, device: (call(), next(seconds)))
+    assert measure_ceilings(CPU, torch.float32).rate == 2 * 64**3 / 3
 
 
 def test_facts_of_a_card():

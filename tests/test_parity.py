@@ -40,6 +40,7 @@ def test_a_wrong_activation_is_noticed(monkeypatch):
     """The tolerance is tight enough to tell the two GELU forms apart."""
     from nova import layers
 
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", "reference")  # which calls torch's
     exact = layers.F.gelu
     monkeypatch.setattr(layers.F, "gelu", lambda x: exact(x, approximate="tanh"))
     errors = run_case(GOLDEN / "t2v_flow_cfg")

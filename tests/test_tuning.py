@@ -25,6 +25,7 @@ from nova.tuning.measuring import measure
 from nova.tuning.record import Measurement, TuningRecord, load_record, save_record
 from nova.tuning.step import MiddleStep
 from nova.tuning.tuner import AppliedTuning
+from nova_kernels import onednn
 from nova_kernels.cpp_kernels import extension
 from nova_kernels.errors import BackendError
 
@@ -43,6 +44,12 @@ def short(monkeypatch):
     """Times of single calls, which are taken without a wait."""
     monkeypatch.setattr(measuring, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(measuring, "ROUNDS", 2)
+
+
+@pytest.fixture(autouse=True)
+def weights_as_they_lie(monkeypatch):
+    """As on a GPU; on a CPU sampling may pack them, and then their layout is no choice."""
+    monkeypatch.setattr(onednn, "is_usable", lambda weight: False)
 
 
 @pytest.fixture
@@ -213,11 +220,13 @@ def test_all_candidates_of_a_model_compute_the_same(steps):
     assert strides(model) == before and torch.equal(sample(model), expected_sample)
 
 
-def test_choices_of_a_model():
+def test_choices_of_a_model(monkeypatch):
     model = small_model(SMALL_ROTARY)
     names = [choice.name for choice in choices_of(model, CPU)]
     assert names[:2] == ["attention", "weights of attn.qkv"]
     assert not any("weights" in c.name for c in choices_of(model, CPU, layouts=False))
+    monkeypatch.setattr(onednn, "is_usable", lambda weight: True)
+    assert not any("weights" in c.name for c in choices_of(model, CPU))
     for choice in choices_of(model, CPU):
         assert "triton" not in choice.candidates  # interpreted on a CPU
     model.set_backend("reference")  # named: nothing to choose

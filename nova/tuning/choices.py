@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from nova_kernels import onednn
 from nova_kernels.dispatch import Op, requested
 from nova_kernels.ops.denoise import OP as DENOISE
 from nova_kernels.ops.residual_norm import OP as RESIDUAL_NORM
@@ -74,7 +75,8 @@ def choices_of(
 
     Args:
         device: where the model will run.
-        layouts: whether parameters may be replaced by copies in another layout.
+        layouts: whether parameters may be replaced by copies in another layout. On a CPU there is
+            nothing to choose where sampling packs the weights (`packed_blocks`).
     """
     blocks = list(model.image_encoder.blocks)
     attention = [block.attn for block in blocks]
@@ -88,6 +90,7 @@ def choices_of(
             partial(library, TORCH),
         )
     ]
+    layouts = layouts and not onednn.is_usable(attention[0].qkv.weight)
     for name in LINEAR_LAYERS if layouts else ():
         lay_out = partial(_lay_out, [block.get_submodule(name) for block in blocks])
         choices.append(

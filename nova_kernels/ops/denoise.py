@@ -17,7 +17,7 @@ The reference and Triton are a sequence of launches: `scale_shift`, `residual_no
 launch (docs/denoise.md); in C++, for CPUs, they are one call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -159,11 +159,12 @@ def denoise(
     passes = condition.shape[0]
     guided_steps = len(steps) if guided_steps is None or passes == 1 else guided_steps
     evolving = None if outside is None else _Evolving(outside, steps)
+    linear = F.linear if whole_loop is None else whole_loop.linear
     for start, stop, count in ((0, guided_steps, passes), (guided_steps, len(steps), 1)):
         chunk = _steps_at_once(weights, condition[:count])
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
-            vectors = modulate(weights, condition[:count], time_embeddings[first:last])
+            vectors = modulate(weights, condition[:count], time_embeddings[first:last], linear)
             if whole_loop is not None:
                 x = whole_loop.run(
                     x,
@@ -199,7 +200,10 @@ def _whole_loop(
     steps: Sequence[StepCoefficients],
     outside: Outside | None,
 ) -> ModuleType | None:
-    """The module whose `run` takes all steps at once; None for a sequence of launches."""
+    """The module whose `run` takes all steps at once; None for a sequence of launches.
+
+    Its `linear` makes the products before the loop.
+    """
     if chosen not in ("cuda", "cpp"):
         return None
     module = OP.module(chosen)
@@ -213,10 +217,15 @@ def _steps_at_once(weights: HeadWeights, condition: Tensor) -> int:
     return max(1, min(fitting, MAX_STEPS_PER_LAUNCH))
 
 
-def modulate(weights: HeadWeights, condition: Tensor, time_embeddings: Tensor) -> list[Tensor]:
+def modulate(
+    weights: HeadWeights,
+    condition: Tensor,
+    time_embeddings: Tensor,
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
+) -> list[Tensor]:
     """Per modulation its scale, shift (and gate): (steps, passes, batch, tokens, 2 or 3 widths)."""
     z = F.silu(condition + time_embeddings[:, None, None, None])
-    return [F.linear(z, *modulation) for modulation in weights.modulations]
+    return [linear(z, *modulation) for modulation in weights.modulations]
 
 
 def _split(vectors: Tensor, width: int) -> tuple[Tensor, ...]:

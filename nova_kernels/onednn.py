@@ -1,0 +1,50 @@
+"""Linear layers for sampling on a CPU by oneDNN, which torch brings along.
+
+torch's own linear layer is MKL's product in float32: it first copies the bias into the result,
+takes the weight as it lies, and leaves an activation to a pass of its own. The operators called
+here are those that torch.compile calls where weights are frozen; torch does not document them.
+"""
+
+import platform
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not the tanh form
+
+
+def is_usable(weight: Tensor) -> bool:
+    """Whether a layer with this weight can be computed here: in float32, on an x86 CPU."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`torch.nn.functional.linear` for a weight that `is_usable`, without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_PLAIN)
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T + bias, maybe with the exact (erf) GELU of it, without a gradient.
+
+    Args:
+        weight: (out, in) that `is_usable`. It is copied, laid out as oneDNN reads it fastest, so
+            later changes are not seen.
+        bias: (out,), not copied.
+        gelu: whether GELU follows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False):
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._bias = bias.detach()
+        self._activation = _GELU if gelu else _PLAIN
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) float32 of any strides -> (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)

@@ -1,0 +1,161 @@
+"""Linear layers by oneDNN, and the image encoder's blocks that are made of them."""
+
+import copy
+
+import pytest
+import torch
+from small_models import SMALL, SMALL_ROTARY, sample, small_model
+from torch import nn
+from torch.nn import functional as F
+
+from nova.packed_blocks import packed_blocks
+from nova_kernels import onednn
+from nova_kernels.onednn import PackedLinear
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.is_usable(torch.zeros(1, 1)), reason="torch has no oneDNN for this CPU"
+)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_onednn
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (2, 0), (2, 3), (7, 1, 5)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (33, 100), (256, 768)])
+def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
+    x, weight, bias = (
+        random(*rows, inputs),
+        random(outputs, inputs, seed=1),
+        random(outputs, seed=2),
+    )
+    activation = F.gelu if gelu else lambda y: y
+    expected = activation(F.linear(x.double(), weight.double(), bias.double()))
+    allowed = 2 * (activation(F.linear(x, weight, bias)) - expected).norm() + 1e-6 * expected.norm()
+    results = [PackedLinear(weight, bias, gelu=gelu)(x)]
+    if not gelu:
+        results.append(onednn.linear(x, weight, bias))
+    for result in results:
+        assert result.shape == expected.shape and result.dtype == torch.float32
+        assert (result - expected).norm() <= allowed
+
+
+@needs_onednn
+def test_strided_inputs_and_weights():
+    x, weight, bias = random(6, 5, 4), random(8, 3), random(3)
+    layer = PackedLinear(weight.t()[:, ::2], bias)
+    expected = F.linear(x.transpose(0, 1)[1:], weight.t()[:, ::2], bias)
+    torch.testing.assert_close(layer(x.transpose(0, 1)[1:]), expected)
+
+
+@needs_onednn
+def test_nan_is_not_hidden():
+    x = random(3, 16)
+    x[1, 5] = float("nan")
+    result = PackedLinear(random(8, 16), random(8), gelu=True)(x)
+    assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, device="meta")]
+)
+def test_what_is_not_usable(weight):
+    assert not onednn.is_usable(weight)
+
+
+# Blocks ------------------------------------------------------------------------------------------
+
+
+def run(blocks, x):
+    with torch.no_grad():
+        for block in blocks:
+            x = block(x)
+    return x
+
+
+@needs_onednn
+def test_blocks_compute_the_same():
+    blocks = small_model().image_encoder.blocks
+    packed = packed_blocks(blocks)
+    assert all(type(block.attn.proj) is PackedLinear for block in packed)
+    x = random(2, 7, 64)
+    torch.testing.assert_close(run(packed, x), run(blocks, x))
+    rows = slice(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(packed[-1](x, rows=rows), blocks[-1](x, rows=rows))
+
+
+@needs_onednn
+@pytest.mark.parametrize("config", [SMALL, SMALL_ROTARY], ids=["absolute", "rotary"])
+def test_sampling_packs_and_gives_the_same(config, monkeypatch):
+    model = small_model(config)
+    weights = copy.deepcopy(model.state_dict())
+    calls = []
+    forward = PackedLinear.forward
+    monkeypatch.setattr(
+        PackedLinear, "forward", lambda layer, x: calls.append(layer) or forward(layer, x)
+    )
+    packed = sample(model)
+    assert calls
+    monkeypatch.setattr(onednn, "is_usable", lambda weight: False)
+    torch.testing.assert_close(packed, sample(model), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@needs_onednn
+def test_a_run_sees_weights_that_changed_before_it():
+    model = small_model()
+    before = sample(model)
+    with torch.no_grad():
+        model.image_encoder.blocks[0].mlp.fc1.weight.mul_(1.5)
+    changed = sample(model)
+    assert not torch.allclose(before, changed)
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(sample(other), changed)
+
+
+@needs_onednn
+def test_options_of_blocks_are_kept_and_small_tensors_shared():
+    blocks = small_model().image_encoder.blocks
+    blocks[0].attn.attention_library = "math"
+    packed = packed_blocks(blocks)
+    assert packed[0].attn.attention_library == "math" and packed[0] is not blocks[0]
+    assert packed[0].norm1.weight is blocks[0].norm1.weight
+    assert packed[-1].attn.qkv.weight is blocks[-1].attn.qkv.weight
+
+
+class Other(nn.Linear):
+    """A layer that somebody put in the place of one of ours."""
+
+
+@needs_onednn
+def test_hooks_of_a_block_are_called():
+    blocks, calls = small_model().image_encoder.blocks, []
+    blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append("attention"))
+    packed = packed_blocks(blocks)
+    assert packed[0] is not blocks[0]
+    run(packed, random(1, 3, 64))
+    assert calls == ["attention", "block"]
+
+
+@pytest.mark.parametrize("change", ["hook", "layer", "compiled", "backend", "bfloat16"])
+def test_blocks_that_somebody_changed_stay_as_they_are(change):
+    model = small_model()
+    blocks = model.image_encoder.blocks
+    if change == "hook":
+        blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    elif change == "layer":
+        blocks[0].attn.proj = Other(64, 64)
+    elif change == "compiled":
+        blocks[0].compile()
+    elif change == "backend":
+        blocks[0].backend = "reference"
+    else:
+        model.bfloat16()
+    packed = packed_blocks(blocks)
+    assert packed[0] is blocks[0]
+    assert (packed[1] is blocks[1]) == (change == "bfloat16" or not onednn.is_usable(random(1, 1)))
