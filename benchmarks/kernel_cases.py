@@ -46,6 +46,8 @@ def kernel_cases() -> list[KernelCase]:
         residual_norm(2 * 1800, 1024),
         scale_shift(48 * 36, 1280),
         scale_shift(2 * 36, 1280),
+        linear_gelu(48 * 1800, 1024),
+        linear_gelu(2 * 1800, 1024),
         frame_scale_shift(48, 360, 1024, 24),
         rope3d(2, 1800, 16, 64),
         diffusion_step(24, 36, 16),
@@ -80,6 +82,22 @@ def scale_shift(rows: int, width: int) -> KernelCase:
         lambda *to: randn(*to, *[(rows, width)] * 3),
         lambda backend, *t: nova_kernels.scale_shift(*t, backend=backend),
         elements=(4 * n, 5 * n),
+    )
+
+
+def linear_gelu(rows: int, width: int) -> KernelCase:
+    n, weights = rows * width, 4 * width * width + 4 * width
+    return KernelCase(
+        "linear_gelu",
+        f"{rows} x {width}",
+        lambda *to: [
+            *randn(*to, (rows, width)),
+            *(w * 0.05 for w in randn(*to, (4 * width, width), (4 * width,))),
+        ],
+        lambda backend, *t: nova_kernels.linear_gelu(*t, backend=backend),
+        # Backward, what GELU was applied to is read as well.
+        elements=(5 * n + weights, 10 * n + 2 * weights),
+        operations=(8 * n * width, 16 * n * width),
     )
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nova_kernels import block_causal_attention, residual_norm, rotate_heads
+from nova_kernels import block_causal_attention, linear_gelu, residual_norm, rotate_heads
+from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 
 from .attention_libraries import TORCH, attend
 
@@ -121,15 +122,24 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with the exact (erf) GELU between."""
+    """Two layers with the exact (erf) GELU between.
+
+    Attributes:
+        backend: of the first layer with its activation, see `nova_kernels.dispatch`.
+    """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
+        self.backend = "auto"
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        fc1 = self.fc1
+        # Where another layer was put in its place, such as an adapter, that one is to be called.
+        if type(fc1) is not nn.Linear or LINEAR_GELU.choose(self.backend, x) == "reference":
+            return self.fc2(F.gelu(fc1(x)))
+        return self.fc2(linear_gelu(x, fc1.weight, fc1.bias, backend=self.backend))
 
 
 class Block(nn.Module):

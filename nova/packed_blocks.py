@@ -29,7 +29,7 @@ def packed_blocks(blocks: nn.ModuleList) -> list[Block]:
 
 def _can_pack(block: Block) -> bool:
     attention, mlp = block.attn, block.mlp
-    if requested(block.backend) != "auto" or type(mlp) is not Mlp:
+    if type(mlp) is not Mlp or {requested(block.backend), requested(mlp.backend)} != {"auto"}:
         return False
     layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     if any(type(layer) is not nn.Linear or not onednn.is_usable(layer.weight) for layer in layers):

@@ -20,6 +20,7 @@ _MODULES = {
     "scale_shift": "nova_kernels.ops.scale_shift",
     "frame_scale_shift": "nova_kernels.ops.frame_scale_shift",
     "residual_norm": "nova_kernels.ops.residual_norm",
+    "linear_gelu": "nova_kernels.ops.linear_gelu",
     "rope3d": "nova_kernels.ops.rope3d",
     "rotate_heads": "nova_kernels.ops.rope3d",
     "diffusion_step": "nova_kernels.ops.diffusion_step",

@@ -12,6 +12,7 @@ from nova_kernels.ops import (
     denoise,
     diffusion_step,
     frame_scale_shift,
+    linear_gelu,
     residual_norm,
     rope3d,
     scale_shift,
@@ -57,6 +58,11 @@ def self_checks() -> Iterator[SelfCheck]:
         lambda backend, x, h, weight, bias, gate: residual_norm.residual_norm(
             x, h, weight, bias, gate=gate, backend=backend
         ),
+    )
+    yield SelfCheck(
+        linear_gelu.OP,
+        [randn(5, 33, 192), randn(768, 192) * 0.1, randn(768)],
+        lambda backend, *t: linear_gelu.linear_gelu(*t, backend=backend),
     )
     weights = [randn(24, 192) * 0.1, randn(384, 24) * 0.2, randn(384)]
     yield SelfCheck(

@@ -24,7 +24,7 @@ def no_bfloat16(monkeypatch):
 def test_report_finds_all_ops_right(no_bfloat16):
     entries = nova_kernels.report(DEVICE)
     assert {entry.backend for entry in entries} == {"reference", "triton", "cuda", "cpp"}
-    assert len({entry.op for entry in entries}) == 7
+    assert len({entry.op for entry in entries}) == 8
     for entry in entries:
         assert entry.obstacle is None or entry.backend in ("cuda", "cpp"), entry
         assert entry.is_right and bool(entry.errors) == (entry.obstacle is None), entry

@@ -11,6 +11,7 @@ from torch import nn
 from nova_kernels import onednn
 from nova_kernels.dispatch import Op, requested
 from nova_kernels.ops.denoise import OP as DENOISE
+from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 from nova_kernels.ops.residual_norm import OP as RESIDUAL_NORM
 from nova_kernels.ops.rope3d import OP as ROPE
 
@@ -103,6 +104,8 @@ def choices_of(
             )
         )
     choices.append(_backend_choice(RESIDUAL_NORM, Stage.IMAGE_ENCODER, blocks, device))
+    mlps = [block.mlp for block in blocks]
+    choices.append(_backend_choice(LINEAR_GELU, Stage.IMAGE_ENCODER, mlps, device))
     if model.config.rotary_pos_embed:
         choices.append(_backend_choice(ROPE, Stage.IMAGE_ENCODER, attention, device))
     choices.append(_backend_choice(DENOISE, Stage.DENOISE, [model.image_decoder], device))

@@ -12,6 +12,7 @@ from nova_kernels.triton_kernels import (
     block_causal_attention,
     diffusion_step,
     frame_scale_shift,
+    linear_gelu,
     residual_norm,
     rope3d,
     scale_shift,
@@ -44,7 +45,7 @@ class CompileCase:
 
 def compile_cases() -> Iterator[CompileCase]:
     """All cases, op after op."""
-    for make in (_rows, _frame_scale_shift, _rope3d, _diffusion_step, _attention):
+    for make in (_rows, _linear_gelu, _frame_scale_shift, _rope3d, _diffusion_step, _attention):
         yield from make()
 
 
@@ -83,6 +84,21 @@ def _frame_scale_shift() -> Iterator[CompileCase]:
         yield CompileCase("frame_scale_shift", case, launch)
         launch = frame_scale_shift.plan_backward(x, first, x, *weights)
         yield CompileCase("frame_scale_shift", case, launch)
+
+
+def _linear_gelu() -> Iterator[CompileCase]:
+    # Rows of a small set, of a frame and of many; in float32 there is one setting.
+    sizes = [(rows, 1024, HALF) for rows in (8, 720, 3600)]
+    for rows, width, dtype in [*sizes, (3600, 192, torch.float32)]:
+        x, bias = _meta(rows, width, dtype=dtype), _meta(4 * width, dtype=dtype)
+        by_rows = _meta(4 * width, width, dtype=dtype)
+        by_columns = _meta(width, 4 * width, dtype=dtype).t()
+        for weight, layout in ((by_rows, "rows"), (by_columns, "columns")):
+            for keep_hidden in (False, True):
+                case = f"{rows} x {width}, weight by {layout}, {_name(dtype)}"
+                launch, *_ = linear_gelu.plan(x, weight, bias, keep_hidden)
+                case += ", keeping what GELU is applied to" if keep_hidden else ""
+                yield CompileCase("linear_gelu", case, launch)
 
 
 def _rope3d() -> Iterator[CompileCase]:

@@ -1,0 +1,104 @@
+"""GELU(x @ weight.T + bias), exact (erf) form: the first layer of a transformer's MLP.
+
+Apart, the linear layer writes four times the width of its input, and GELU reads and writes that
+again; fused, the activation is made while the product is still in registers. Reference, operator
+and gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nova_kernels.dispatch import Op, define, define_gradient, through_operator
+
+OP = Op("linear_gelu")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """GELU(x @ weight.T + bias) over the last axis.
+
+    The kernel sums in float32, and rounds after the activation, not before. Under autocast it
+    computes in autocast's dtype, as torch's linear layer does.
+
+    Args:
+        x: (..., inputs), any strides.
+        weight: (outputs, inputs), any strides.
+        bias: (outputs,).
+        backend: see `nova_kernels.dispatch`.
+
+    Returns:
+        (..., outputs), in the inputs' dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        BackendError: the backend cannot run on these tensors, or on several dtypes.
+    """
+    _check(x, weight, bias)
+    tensors = (x, weight, bias)
+    chosen = OP.choose(backend, *tensors)
+    if chosen == "reference":
+        return reference(*tensors)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)
+    if through_operator(*tensors):
+        # Gradients are made of what GELU is applied to.
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return torch.ops.nova_kernels.linear_gelu(*tensors, keep, chosen)[0]
+    return _forward(*tensors, False, chosen)[0]
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The op in plain torch, differentiable; arguments as those of `linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
+        raise ValueError(
+            "linear_gelu: x must be (..., inputs) and weight (outputs, inputs), got "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_gelu: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The result, and what GELU was applied to (empty unless `keep_hidden`)."""
+    return OP.module(backend).forward(x, weight, bias, keep_hidden)
+
+
+def _fake(x, weight, bias, keep_hidden, backend):
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return out, torch.empty_like(out) if keep_hidden else out.new_empty(0)
+
+
+define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias, bool keep_hidden, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, keep_hidden, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    if not keep_hidden:
+        raise RuntimeError(
+            "linear_gelu: call the operator with keep_hidden where gradients are due"
+        )
+
+
+def _gradients(ctx, grad: Tensor, _):
+    # Plain matrix products, which libraries do best.
+    x, weight, hidden = ctx.saved_tensors
+    grad = torch.ops.aten.gelu_backward(grad, hidden)
+    rows = grad.flatten(0, -2)
+    return grad @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0), None, None
+
+
+define_gradient("linear_gelu", _gradients, _save)

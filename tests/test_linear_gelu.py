@@ -1,0 +1,159 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as_torch,
+    in_float64,
+    needs_triton,
+    opcheck,
+    poisoned,
+    randn,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from nova.layers import Mlp
+from nova_kernels import BackendError, linear_gelu
+from nova_kernels.ops.linear_gelu import reference
+
+# Rows, inputs, outputs: less than a tile, its rim, several tiles and groups of them.
+SIZES = [
+    ((1,), 1, 1),
+    ((3, 5), 16, 33),
+    ((7,), 100, 64),
+    ((2, 0), 8, 16),
+    ((130,), 64, 260),
+    ((1030,), 40, 20),
+]
+
+
+def inputs(rows, width, outputs, dtype=torch.float32):
+    x, weight = randn(*rows, width, dtype=dtype), randn(outputs, width, dtype=dtype, seed=1)
+    weight, bias = weight * width**-0.5, randn(outputs, dtype=dtype, seed=2)
+    return [leaf.requires_grad_() for leaf in (x, weight, bias)]
+
+
+def assert_right(leaves, dtype):
+    """Result and gradients, the latter with what GELU is applied to stored on the way."""
+    exact_leaves = in_float64(*leaves)
+    exact, by_torch = reference(*exact_leaves), reference(*leaves)
+    with poisoned():
+        with torch.no_grad():
+            alone = linear_gelu(*leaves, backend="triton")
+        result = linear_gelu(*leaves, backend="triton")
+        grad = randn(*result.shape, dtype=dtype, seed=9)
+        gradients = torch.autograd.grad(result, leaves, grad)
+    assert_as_exact_as_torch(alone, by_torch, exact)
+    assert_as_exact_as_torch(result, by_torch, exact)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
+    torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
+    for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
+        assert_as_exact_as_torch(ours, theirs, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+@needs_triton
+def test_triton_is_as_exact_as_torch(sizes, dtype):
+    assert_right(inputs(*sizes, dtype=dtype), dtype)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 140))
+@settings(max_examples=10, deadline=None)
+@needs_triton
+def test_any_size(rows, width, outputs):
+    assert_right(inputs((rows,), width, outputs, torch.float16), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [8, 720, 3601])
+def test_real_sizes(rows, dtype):
+    assert_right(inputs((rows,), 1024, 4096, dtype), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strided_inputs(dtype):
+    x = randn(6, 2, 40, dtype=dtype).transpose(0, 1)[:, 1:]  # rows that are not neighbours
+    weight, bias = randn(40, 64, dtype=dtype, seed=1).t() * 0.1, randn(64, 2, dtype=dtype)[:, 1]
+    columns = randn(40, 10, dtype=dtype).t()  # neighbours in a row are far apart
+    for tensors in ((x, weight, bias), (columns, weight, bias)):
+        exact = reference(*in_float64(*tensors))
+        result = linear_gelu(*tensors, backend="triton")
+        assert_as_exact_as_torch(result, reference(*tensors), exact)
+
+
+@needs_triton
+def test_large_values_and_nan():
+    x, weight, bias = (leaf.detach() for leaf in inputs((4,), 16, 32))
+    x[0] *= 1e4
+    x[1, 3] = float("nan")
+    result = linear_gelu(x, weight, bias, backend="triton")
+    torch.testing.assert_close(result, reference(x, weight, bias), equal_nan=True)
+    assert result[1].isnan().all() and not result[[0, 2, 3]].isnan().any()
+
+
+@needs_triton
+def test_operator_contract_and_compile():
+    leaves = inputs((2, 3), 24, 40)
+    for keep_hidden in (True, False):
+        given = leaves if keep_hidden else [leaf.detach() for leaf in leaves]
+        opcheck(torch.ops.nova_kernels.linear_gelu.default, (*given, keep_hidden, "triton"))
+    compiled = torch.compile(
+        lambda *t: linear_gelu(*t, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(*leaves)
+    assert torch.allclose(result, reference(*leaves), atol=1e-5)
+    result.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    with torch.inference_mode():
+        assert torch.allclose(compiled(*leaves), result, atol=1e-6)
+        assert torch.allclose(linear_gelu(*leaves, backend="triton"), result, atol=1e-6)
+
+
+@needs_triton
+def test_autocast_computes_in_its_dtype():
+    leaves = inputs((5,), 32, 48)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    with torch.autocast(DEVICE, dtype=dtype):
+        result = linear_gelu(*leaves, backend="triton")
+        expected = linear_gelu(*leaves, backend="reference")
+    assert result.dtype == expected.dtype == dtype
+    torch.testing.assert_close(result, expected, atol=2e-2, rtol=2e-2)
+    result.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+class Adapter(nn.Linear):
+    """A layer put in the place of another."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@needs_triton
+def test_the_mlp_runs_it_and_calls_layers_put_in_its_place():
+    mlp, x = Mlp(32, 128).to(DEVICE), randn(3, 32)
+    expected = mlp(x)
+    mlp.backend = "triton"
+    torch.testing.assert_close(mlp(x), expected)
+    adapter = Adapter(32, 128).to(DEVICE)
+    adapter.load_state_dict(mlp.fc1.state_dict())
+    hidden = F.gelu(mlp.fc1(x) + 1)
+    mlp.fc1 = adapter
+    torch.testing.assert_close(mlp(x), mlp.fc2(hidden))
+
+
+@needs_triton
+def test_what_does_not_fit():
+    x, weight, bias = (leaf.detach() for leaf in inputs((2,), 8, 4))
+    with pytest.raises(ValueError, match="weight"):
+        linear_gelu(x[:, :7], weight, bias)
+    with pytest.raises(ValueError, match="bias must be"):
+        linear_gelu(x, weight, bias[:3])
+    with pytest.raises(BackendError, match="one dtype"):
+        linear_gelu(x, weight.half(), bias, backend="triton")
