@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float16"])
     add("--backend", default="auto", choices=BACKENDS, help="of the ops")
     add("--compile", action=switch, help="also plain with torch.compile; default: on a GPU")
+    add("--reference-ops", action="store_true", help="also exact with plain torch for every op")
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
     add("--text", action=switch, help="time the text encoder too; default: on a GPU")
@@ -113,6 +114,7 @@ def main() -> int:
             samplers = make_samplers(
                 device,
                 compiled=on_gpu if arguments.compile is None else arguments.compile,
+                reference_ops=arguments.reference_ops,
                 tuned=on_gpu if arguments.tune is None else arguments.tune,
                 against=arguments.against,
             )

@@ -20,6 +20,7 @@ from nova.schedule import DiffusionSchedule
 from nova.tuning.tuner import AppliedTuning, TunedRun, tune_sampler
 
 PLAIN, COMPILED, EXACT, GRAPHS, TUNED = "plain", "plain, compiled", "exact", "graphs", "tuned"
+REFERENCE_OPS = "exact, reference ops"
 # Their first run compiles, records or measures; it never counts as a measurement.
 STARTING_UP = (COMPILED, GRAPHS, TUNED)
 
@@ -46,6 +47,22 @@ class CompiledSampler:
             for block in (block for part in parts for block in part.blocks):
                 block.compile(dynamic=True)
         return generate_frames_plain(self._compiled, conditioning, **options)
+
+
+class ReferenceOpsSampler:
+    """The exact sampler with plain torch in place of every op: what the ops gain."""
+
+    def __init__(self) -> None:
+        self._model: NOVATransformer | None = None
+        self._reference: NOVATransformer | None = None
+
+    def __call__(
+        self, model: NOVATransformer, conditioning: Conditioning, **options: Any
+    ) -> Iterator[Tensor]:
+        if self._model is not model:
+            self._model, self._reference = model, share_weights(model)
+            self._reference.set_backend("reference")
+        return generate_frames(self._reference, conditioning, **options)
 
 
 class TunedSampler:
@@ -94,6 +111,7 @@ def make_samplers(
     device: torch.device,
     *,
     compiled: bool = False,
+    reference_ops: bool = False,
     tuned: bool = False,
     against: str | None = None,
 ) -> dict[str, Callable]:
@@ -101,6 +119,7 @@ def make_samplers(
 
     Args:
         compiled: with `torch.compile`.
+        reference_ops: also exact with plain torch in place of every op.
         tuned: after `nova.tune`.
         against: "diffnext" adds the reference package, as it is and after `nova.accelerate`.
 
@@ -110,6 +129,8 @@ def make_samplers(
     samplers: dict[str, Callable] = {PLAIN: generate_frames_plain}
     if compiled:
         samplers[COMPILED] = CompiledSampler()
+    if reference_ops:
+        samplers[REFERENCE_OPS] = ReferenceOpsSampler()
     samplers[EXACT] = generate_frames
     if device.type == "cuda":
         samplers[GRAPHS] = partial(generate_frames, graphs=SamplingGraphs())

@@ -9,7 +9,7 @@ from nova_kernels import onednn
 from nova_kernels.dispatch import requested
 from nova_kernels.onednn import PackedLinear
 
-from .layers import Block, Mlp
+from .layers import Attention, Block, Mlp
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -29,7 +29,9 @@ def packed_blocks(blocks: nn.ModuleList) -> list[Block]:
 
 def _can_pack(block: Block) -> bool:
     attention, mlp = block.attn, block.mlp
-    if type(mlp) is not Mlp or {requested(block.backend), requested(mlp.backend)} != {"auto"}:
+    if type(attention) is not Attention or type(mlp) is not Mlp:
+        return False
+    if {requested(block.backend), requested(mlp.backend)} != {"auto"}:
         return False
     layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     if any(type(layer) is not nn.Linear or not onednn.is_usable(layer.weight) for layer in layers):

@@ -11,7 +11,16 @@ from card_facts import parse_card_facts
 from ceilings import Ceilings, measure_ceilings
 from fps_measure import measure, run_samplers
 from fps_plot import plot
-from fps_samplers import COMPILED, EXACT, GRAPHS, PLAIN, TUNED, CompiledSampler, make_samplers
+from fps_samplers import (
+    COMPILED,
+    EXACT,
+    GRAPHS,
+    PLAIN,
+    REFERENCE_OPS,
+    TUNED,
+    CompiledSampler,
+    make_samplers,
+)
 from fps_table import PUBLISHED, captions, print_tables
 from fps_text import PHI_2, PROMPT, SIZES, make_text_encoder
 from fps_vae import IMAGE_VAE, decode_seconds, make_vae
@@ -24,6 +33,7 @@ from nova.errors import ConfigError, InputError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova_kernels import onednn
+from nova_kernels.dispatch import Op
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=2, vae="tiny")
@@ -160,6 +170,21 @@ def test_tuned_sampler(monkeypatch, tmp_path, capsys):
     assert sampler.tuning is first and capsys.readouterr().err.count("tuned for batch 1") == 1
     # The other samplers go on with the model as it was.
     assert before == {name: tensor.stride() for name, tensor in run._model.state_dict().items()}
+
+
+def test_reference_ops_sampler(monkeypatch):
+    run = tiny_run()
+    sampler = make_samplers(CPU, reference_ops=True)[REFERENCE_OPS]
+    expected = run.sample(generate_frames)
+    chosen = []
+    choose = Op.choose
+    monkeypatch.setattr(
+        Op, "choose", lambda *given: chosen.append(choose(*given)) or choose(*given)
+    )
+    monkeypatch.setattr(onednn.PackedLinear, "forward", None)
+    torch.testing.assert_close(run.sample(sampler), expected, atol=1e-4, rtol=1e-4)
+    assert set(chosen) == {"reference"}
+    assert run._model.image_decoder.backend == "auto"  # the other samplers go on as before
 
 
 def test_share_weights():
