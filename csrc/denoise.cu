@@ -1,6 +1,8 @@
 // Launches of the persistent denoise kernel.
 #include "denoise.cuh"
 
+#include <initializer_list>
+
 #include "check.h"
 #include "launches.h"
 
@@ -84,9 +86,17 @@ int count_denoise_clusters(Dtype dtype, int passes, int cluster_size) {
   allow_shared_memory(kernel, shared_bytes);
   Configuration launch(multiprocessors / cluster_size * cluster_size, cluster_size, shared_bytes,
                        nullptr);
+  // Drivers may know the question for clusters alone, whose answer is the same: one block takes all
+  // the shared memory of a multiprocessor. One that knows neither launches no clusters.
+  cudaLaunchConfig_t clusters_alone = launch.config;
+  clusters_alone.attrs = &launch.attributes[1];
+  clusters_alone.numAttrs = 1;
   int clusters = 0;
-  check(kOp, cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
-  return clusters;
+  for (const cudaLaunchConfig_t& config : {launch.config, clusters_alone}) {
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+    cudaGetLastError();  // forgets the error, which later checks would see
+  }
+  return 0;
 }
 
 }  // namespace nova

@@ -14,12 +14,16 @@ _PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not th
 
 
 def is_usable(weight: Tensor) -> bool:
-    """Whether a layer with this weight can be computed here: in float32, on an x86 CPU."""
+    """Whether a layer with this weight can be computed here: in float32, on an x86 CPU.
+
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    """
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and platform.machine().lower() in ("x86_64", "amd64")
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
