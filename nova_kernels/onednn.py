@@ -16,7 +16,7 @@ _PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not th
 def is_usable(weight: Tensor) -> bool:
     """Whether a layer with this weight can be computed here: in float32, on an x86 CPU.
 
-    `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    `torch.backends.mkldnn.enabled = False` turns it off.
     """
     return (
         weight.device.type == "cpu"
