@@ -6,7 +6,7 @@
     python benchmarks/fps.py --model shapes                         # a checkpoint's weights
 
 Plain is the sampling loops as the paper states them (nova/plain_sampling.py), exact this package's
-(nova/sampling.py); on a GPU also plain with torch.compile, exact from CUDA graphs, and those after
+(nova/sampling.py); on a GPU also both with torch.compile, exact from CUDA graphs, and those after
 nova.tune. On a CPU released geometries, if asked for, run only the first sets of one frame; their
 frames per second count those sets as their share of a whole video's. docs/benchmarks.md describes
 what is measured.
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"])
     add("--backend", default="auto", choices=BACKENDS, help="of the ops")
-    add("--compile", action=switch, help="also plain with torch.compile; default: on a GPU")
+    add("--compile", action=switch, help="also with torch.compile; default: on a GPU")
     add("--reference-ops", action="store_true", help="also exact with plain torch for every op")
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")

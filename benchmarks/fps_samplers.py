@@ -19,20 +19,18 @@ from nova.sampling import generate_frames
 from nova.schedule import DiffusionSchedule
 from nova.tuning.tuner import AppliedTuning, TunedRun, tune_sampler
 
-PLAIN, COMPILED, EXACT, GRAPHS, TUNED = "plain", "plain, compiled", "exact", "graphs", "tuned"
+PLAIN, EXACT, GRAPHS, TUNED = "plain", "exact", "graphs", "tuned"
+PLAIN_COMPILED, EXACT_COMPILED = "plain, compiled", "exact, compiled"
 REFERENCE_OPS = "exact, reference ops"
 # Their first run compiles, records or measures; it never counts as a measurement.
-STARTING_UP = (COMPILED, GRAPHS, TUNED)
+STARTING_UP = (PLAIN_COMPILED, EXACT_COMPILED, GRAPHS, TUNED)
 
 
 class CompiledSampler:
-    """The plain loops with the blocks of the image encoder and of the diffusion MLP compiled.
+    """A sampler with the model's blocks compiled (`NOVATransformer.compile_blocks`)."""
 
-    Sequences have another length in every set, so that the compiled code is one for all lengths.
-    The video encoder, which runs once a frame, stays as it is.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, sampler: Callable):
+        self._sampler = sampler
         self._model: NOVATransformer | None = None
         self._compiled: NOVATransformer | None = None
 
@@ -40,13 +38,9 @@ class CompiledSampler:
         self, model: NOVATransformer, conditioning: Conditioning, **options: Any
     ) -> Iterator[Tensor]:
         if self._model is not model:
-            # What was compiled for another model counts against the limit of variants.
-            torch.compiler.reset()
             self._model, self._compiled = model, share_weights(model)
-            parts = self._compiled.image_encoder, self._compiled.image_decoder
-            for block in (block for part in parts for block in part.blocks):
-                block.compile(dynamic=True)
-        return generate_frames_plain(self._compiled, conditioning, **options)
+            self._compiled.compile_blocks()
+        return self._sampler(self._compiled, conditioning, **options)
 
 
 class ReferenceOpsSampler:
@@ -118,7 +112,7 @@ def make_samplers(
     """Samplers by name; the plain one, which the others are compared with, comes first.
 
     Args:
-        compiled: with `torch.compile`.
+        compiled: plain and exact also with `torch.compile`.
         reference_ops: also exact with plain torch in place of every op.
         tuned: after `nova.tune`.
         against: "diffnext" adds the reference package, as it is and after `nova.accelerate`.
@@ -128,10 +122,14 @@ def make_samplers(
     """
     samplers: dict[str, Callable] = {PLAIN: generate_frames_plain}
     if compiled:
-        samplers[COMPILED] = CompiledSampler()
+        # What was compiled for other models counts against the limit of variants.
+        torch.compiler.reset()
+        samplers[PLAIN_COMPILED] = CompiledSampler(generate_frames_plain)
     if reference_ops:
         samplers[REFERENCE_OPS] = ReferenceOpsSampler()
     samplers[EXACT] = generate_frames
+    if compiled:
+        samplers[EXACT_COMPILED] = CompiledSampler(generate_frames)
     if device.type == "cuda":
         samplers[GRAPHS] = partial(generate_frames, graphs=SamplingGraphs())
     if tuned:

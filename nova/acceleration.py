@@ -36,7 +36,9 @@ from .tuning.tuner import AppliedTuning
 METHOD = "generate_video"
 
 
-def accelerate(pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False) -> Any:
+def accelerate(
+    pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False, compile_blocks: bool = False
+) -> Any:
     """Replace the sampling of a reference pipeline by this package's.
 
     Weights are shared, not copied: the pipeline may be moved, converted or fine-tuned afterwards.
@@ -46,6 +48,7 @@ def accelerate(pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False) -
         pipe: the reference's `NOVAPipeline` or `NOVAC2IPipeline`.
         backend: of the ops, see `NOVATransformer.set_backend`.
         cuda_graphs: see `NOVAPipeline.enable_cuda_graphs`; used on a GPU alone.
+        compile_blocks: see `NOVATransformer.compile_blocks`.
 
     Returns:
         `pipe`, changed. Called again, it takes the new options.
@@ -59,6 +62,8 @@ def accelerate(pipe: Any, *, backend: str = "auto", cuda_graphs: bool = False) -
     transformer = _reference_transformer(pipe)
     model = _shared_model(transformer)
     model.set_backend(backend)
+    if compile_blocks:
+        model.compile_blocks()
     graphs = SamplingGraphs() if cuda_graphs else None
     restore(pipe)
     original = getattr(transformer, METHOD)
@@ -81,6 +86,7 @@ class SamplingReport:
         accelerated: whether this package samples.
         device, dtype: of the transformer.
         backend: that was asked for.
+        compiled: whether blocks are compiled by torch.compile.
         graphs: CUDA graphs recorded so far; None: not used.
         graphs_failure: of which part none are recorded, and why.
         tuning: what `nova.tune` chose.
@@ -91,6 +97,7 @@ class SamplingReport:
     device: str
     dtype: str
     backend: str | None = None
+    compiled: bool = False
     graphs: int | None = None
     graphs_failure: str | None = None
     tuning: TuningRecord | None = None
@@ -100,6 +107,8 @@ class SamplingReport:
         if not self.accelerated:
             return f"sampling: the reference's, {self.dtype} on {self.device}"
         lines = [f"sampling: nova, {self.dtype} on {self.device}, ops by backend={self.backend!r}"]
+        if self.compiled:
+            lines.append("blocks: compiled by torch.compile")
         if self.graphs is not None:
             lines.append(f"CUDA graphs: {self.graphs} recorded")
         if self.graphs_failure is not None:
@@ -136,6 +145,7 @@ def report(pipe: Any) -> SamplingReport:
         device=str(model.device),
         dtype=_name(model.dtype),
         backend=model.image_decoder.backend,
+        compiled=model.has_compiled_blocks,
         graphs=None if graphs is None else len(graphs),
         graphs_failure=None if graphs is None else graphs.failure,
         tuning=None if tuning is None else tuning.record,

@@ -81,27 +81,29 @@ class Attention(nn.Module):
         rotary: Rotary | None = None,
         cache: KeyValueCache | None = None,
         block_lengths: list[int] | None = None,
-        rows: slice | None = None,
+        queries: Tensor | None = None,
+        query_rotary: Rotary | None = None,
     ) -> Tensor:
         """Attend from x (batch, tokens, dim) to itself and to what the cache holds.
 
         Args:
             block_lengths: attend block-causally, after what the cache held; None: everything.
-            rows: only these tokens ask (and are returned); all tokens still are keys and values.
+            queries, query_rotary: those tokens (batch, n, dim) that ask and are returned, if not
+                all, and their table; all tokens still are keys and values.
 
         Returns:
-            (batch, tokens or rows, dim).
+            (batch, tokens or n, dim).
         """
-        if rows is None:
+        if queries is None:
             q, k, v = self._heads(self.qkv(x), 3)
+            query_rotary = rotary
         else:
             dim = x.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(F.linear(x[:, rows], weight[:dim], bias[:dim]), 1)
+            (q,) = self._heads(F.linear(queries, weight[:dim], bias[:dim]), 1)
             k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]), 2)
-        if rotary is not None:
-            q_rotary = rotary if rows is None else rotary.slice(rows.start, rows.stop)
-            q = rotate_heads(q, q_rotary.cos, q_rotary.sin, backend=self.backend)
+        if rotary is not None and query_rotary is not None:
+            q = rotate_heads(q, query_rotary.cos, query_rotary.sin, backend=self.backend)
             k = rotate_heads(k, rotary.cos, rotary.sin, backend=self.backend)
         earlier = 0 if cache is None else cache.length
         if cache is not None:
@@ -164,11 +166,19 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         cache: KeyValueCache | None = None,
         block_lengths: list[int] | None = None,
-        rows: slice | None = None,
+        queries: Tensor | None = None,
+        query_rotary: Rotary | None = None,
     ) -> Tensor:
-        """x (batch, tokens, dim) -> the same, or only its `rows`. See `Attention.forward`."""
-        attended = self.attn(x, rotary=rotary, cache=cache, block_lengths=block_lengths, rows=rows)
-        x = self._add_normed(x if rows is None else x[:, rows], attended, self.norm1)
+        """x (batch, tokens, dim) -> the same, or only its `queries`. See `Attention.forward`."""
+        attended = self.attn(
+            x,
+            rotary=rotary,
+            cache=cache,
+            block_lengths=block_lengths,
+            queries=queries,
+            query_rotary=query_rotary,
+        )
+        x = self._add_normed(x if queries is None else queries, attended, self.norm1)
         return self._add_normed(x, self.mlp(x), self.norm2)
 
     def _add_normed(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:

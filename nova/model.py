@@ -5,6 +5,7 @@ latents, orders) is held by the caller.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +190,24 @@ class NOVATransformer(nn.Module):
             if hasattr(module, "backend"):
                 module.backend = backend if module in in_head else elsewhere
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks of the image encoder and of the diffusion MLP by torch.compile.
+
+        They are compiled when they first run, one code for all lengths of a sequence. The video
+        encoder, which runs once a frame, stays as it is; the denoise loop of sampling is not made
+        of the MLP's blocks (`PreparedHead`), that of training is.
+
+        Args:
+            options: of `torch.compile`; `dynamic=True` unless they say otherwise.
+        """
+        for block in (*self.image_encoder.blocks, *self.image_decoder.blocks):
+            block.compile(**{"dynamic": True, **options})
+
+    @property
+    def has_compiled_blocks(self) -> bool:
+        """Whether `compile_blocks` was called."""
+        return any(block._compiled_call_impl for block in self.image_encoder.blocks)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.mask_embed.mask_token.dtype
@@ -305,9 +324,15 @@ class NOVATransformer(nn.Module):
         x = torch.cat([x, masked], dim=1)
         for block in blocks[half:-1]:
             x = block(x, rotary=rotary)
-        offset, total = cond.shape[1], x.shape[1]
-        wanted = slice(offset, total)
-        if rows is not None:
-            wanted = slice(offset + rows.start, offset + rows.stop)
+        offset = cond.shape[1]
+        first, last = (
+            (offset, x.shape[1]) if rows is None else (offset + rows.start, offset + rows.stop)
+        )
         # Only the wanted tokens leave the last block, so only they need queries and an MLP there.
-        return self.image_encoder.norm(blocks[-1](x, rotary=rotary, rows=wanted))
+        wanted = blocks[-1](
+            x,
+            rotary=rotary,
+            queries=x[:, first:last],
+            query_rotary=None if rotary is None else rotary.slice(first, last),
+        )
+        return self.image_encoder.norm(wanted)

@@ -38,12 +38,12 @@ fps() {
 step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
 step 30 ops "$python" -m nova_kernels
 step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
-    tests/test_frame_scale_shift.py tests/test_rope3d.py tests/test_diffusion_step.py \
-    tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
+    tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
+    tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 90 batch1 --batch 1 --run-latents 2 --repeats 2
+fps 100 batch1 --batch 1 --run-latents 2 --repeats 2
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
 fps 75 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
 step 60 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"

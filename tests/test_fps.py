@@ -12,10 +12,11 @@ from ceilings import Ceilings, measure_ceilings
 from fps_measure import measure, run_samplers
 from fps_plot import plot
 from fps_samplers import (
-    COMPILED,
     EXACT,
+    EXACT_COMPILED,
     GRAPHS,
     PLAIN,
+    PLAIN_COMPILED,
     REFERENCE_OPS,
     TUNED,
     CompiledSampler,
@@ -138,9 +139,9 @@ def test_number_of_runs(options, runs):
 
 def test_a_first_run_that_compiles_never_counts():
     calls = []
-    samplers = {PLAIN: generate_frames_plain, COMPILED: counting(calls)}
+    samplers = {PLAIN: generate_frames_plain, PLAIN_COMPILED: counting(calls)}
     seen, _ = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, warm_up=False)
-    assert len(calls) == 2 and len(seen[COMPILED].latencies) == 1
+    assert len(calls) == 2 and len(seen[PLAIN_COMPILED].latencies) == 1
 
 
 def test_compiled_sampler(monkeypatch):
@@ -148,7 +149,7 @@ def test_compiled_sampler(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options))
     )
-    run, sampler = tiny_run(), CompiledSampler()
+    run, sampler = tiny_run(), CompiledSampler(generate_frames_plain)
     assert torch.equal(run.sample(sampler), run.sample(generate_frames_plain))
     run.sample(sampler)
     # Blocks of the image encoder and of the MLP, once, for any length.
@@ -156,6 +157,11 @@ def test_compiled_sampler(monkeypatch):
     assert all(options == {"dynamic": True} for _, options in compiled)
     ours = {id(module) for module in run._model.modules()}
     assert not any(id(module) in ours for module, _ in compiled)
+
+
+def test_samplers_with_compiled_blocks():
+    samplers = make_samplers(CPU, compiled=True)
+    assert list(samplers) == [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED]
 
 
 def test_tuned_sampler(monkeypatch, tmp_path, capsys):
@@ -384,4 +390,5 @@ def test_command_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
     assert fps.main() == 0
     content = json.loads(file.read_text())
-    assert [row["sampler"] for row in content["rows"]] == [PLAIN, COMPILED, EXACT, GRAPHS, TUNED]
+    samplers = [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED, GRAPHS, TUNED]
+    assert [row["sampler"] for row in content["rows"]] == samplers

@@ -287,6 +287,22 @@ def generate(
             help="Samples made at a time; fewer where memory is too short for so many.",
         ),
     ] = 1,
+    compile_blocks: Annotated[
+        bool,
+        _option(
+            "--compile",
+            panel=MACHINE,
+            help="Compile the model's blocks by torch.compile, where runs are worth its start-up.",
+        ),
+    ] = False,
+    cuda_graphs: Annotated[
+        bool,
+        _option(
+            "--cuda-graphs",
+            panel=MACHINE,
+            help="Replay sampling from CUDA graphs: faster in small batches, for more memory.",
+        ),
+    ] = False,
     tune: Annotated[
         bool,
         _option(
@@ -402,6 +418,10 @@ def generate(
         allow_pickle=allow_pickle,
         quiet=quiet,
     )
+    if compile_blocks:
+        pipeline.transformer.compile_blocks()
+    if cuda_graphs:
+        pipeline.enable_cuda_graphs()
     if tune:
         if not quiet:
             typer.echo("tuning")
