@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import nova_kernels
 from nova import pipeline as pipeline_module
 from nova.cli import doctor
 from nova.cli.app import app
 from nova.devices import PeakMemory
 from nova.media import read_image, read_video, write_image, write_video
 from nova.pipeline import NOVAPipeline
+from nova_kernels import onednn
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--steps", "2", "--diffusion-steps", "2", "--device", "cpu", "--quiet"]
@@ -445,6 +447,19 @@ def test_doctor_table():
     assert result.exit_code == 0
     for text in ("torch", "transformers", "CUDA extension", "H.264 encoder", "will run"):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_doctor_says_who_computes(monkeypatch, usable):
+    monkeypatch.setattr(onednn, "is_usable", lambda weight: usable)
+    ops = doctor.examine()["runs"]["ops"]
+    assert ("linear layers" in ops) == usable
+    entries = nova_kernels.report(check=False)
+    by_op = {entry.op: entry.backend for entry in entries if entry.default}
+    assert {name: ops.get(name, "reference") for name in by_op} == by_op
+    assert doctor._runs_text("cpu", "float32", {}) == "cpu, float32, all by plain torch"
+    text = doctor._runs_text("cpu", "float32", {"denoise": "cpp"})
+    assert text == "cpu, float32, denoise by cpp; all else by plain torch"
 
 
 def test_doctor_names_the_command_for_what_is_missing():

@@ -139,8 +139,13 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     memory = "free memory unknown" if free is None else f"{free} GiB free"
     rows.append(("CPU", f"{report['cpu']['threads']} threads, {memory}"))
     if report["runs"] is not None:
-        rows.append(("will run", "{device}, {dtype}, {kernels} kernels".format(**report["runs"])))
+        rows.append(("will run", _runs_text(**report["runs"])))
     return rows
+
+
+def _runs_text(device: str, dtype: str, ops: dict[str, str]) -> str:
+    own = "; ".join(f"{name} by {who}" for name, who in ops.items())
+    return f"{device}, {dtype}, {own + '; all else' if own else 'all'} by plain torch"
 
 
 def _extension_text(info: dict[str, Any]) -> str:
@@ -230,13 +235,17 @@ def _free_memory() -> float | None:
     return round(kibibytes[0] * 1024 / GIB, 1) if kibibytes else None
 
 
-def _what_runs(torch: Any) -> dict[str, str]:
+def _what_runs(torch: Any) -> dict[str, Any]:
+    """Device and dtype without options, and who computes what is not left to torch's defaults."""
+    import nova_kernels
+    from nova_kernels import onednn
+
     from .device import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)
-    return {
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "kernels": "reference",
-    }
+    entries = nova_kernels.report(device.type, check=False)
+    ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
+    if onednn.is_usable(torch.empty(0, dtype=dtype, device=device)):
+        ops["linear layers"] = "oneDNN"
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "ops": ops}
