@@ -61,7 +61,8 @@ def test_triton_is_as_exact_as_torch(sizes, dtype):
     assert_right(inputs(*sizes, dtype=dtype), dtype)
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 140))
+# Few widths: the kernel is compiled for each.
+@given(st.integers(1, 140), st.sampled_from([1, 32, 70]), st.integers(1, 140))
 @settings(max_examples=10, deadline=None)
 @needs_triton
 def test_any_size(rows, width, outputs):
