@@ -93,7 +93,12 @@ class Attention(nn.Module):
 
         Returns:
             (batch, tokens or n, dim).
+
+        Raises:
+            ValueError: queries without their table, or with one where keys have none.
         """
+        if queries is not None and (rotary is None) != (query_rotary is None):
+            raise ValueError("attention: give rotary and query_rotary, or neither")
         if queries is None:
             q, k, v = self._heads(self.qkv(x), 3)
             query_rotary = rotary
@@ -123,6 +128,21 @@ class Attention(nn.Module):
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's with a bias, and nobody replaced a part of it or listens.
+
+    Only of such layers may weight and bias be used past the layer itself: adapters, quantised
+    weights and hooks would be passed over.
+    """
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and layer.bias is not None
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and "forward" not in layer.__dict__
+    )
+
+
 class Mlp(nn.Module):
     """Two layers with the exact (erf) GELU between.
 
@@ -138,8 +158,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        # Where another layer was put in its place, such as an adapter, that one is to be called.
-        if type(fc1) is not nn.Linear or LINEAR_GELU.choose(self.backend, x) == "reference":
+        if LINEAR_GELU.choose(self.backend, x) == "reference" or not is_plain_linear(fc1):
             return self.fc2(F.gelu(fc1(x)))
         return self.fc2(linear_gelu(x, fc1.weight, fc1.bias, backend=self.backend))
 

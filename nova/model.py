@@ -197,6 +197,9 @@ class NOVATransformer(nn.Module):
         encoder, which runs once a frame, stays as it is; the denoise loop of sampling is not made
         of the MLP's blocks (`PreparedHead`), that of training is.
 
+        torch keeps a few variants of the code for all models of a process; `torch.compiler.reset()`
+        forgets them. Tune (`nova.tune`) before.
+
         Args:
             options: of `torch.compile`; `dynamic=True` unless they say otherwise.
         """

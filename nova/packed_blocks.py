@@ -9,7 +9,7 @@ from nova_kernels import onednn
 from nova_kernels.dispatch import requested
 from nova_kernels.onednn import PackedLinear
 
-from .layers import Attention, Block, Mlp
+from .layers import Attention, Block, Mlp, is_plain_linear
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -28,18 +28,18 @@ def packed_blocks(blocks: nn.ModuleList) -> list[Block]:
 
 
 def _can_pack(block: Block) -> bool:
-    attention, mlp = block.attn, block.mlp
-    if type(attention) is not Attention or type(mlp) is not Mlp:
+    # Others may be wrappers that pass on what is asked of them, and what is set.
+    if (type(block), type(block.attn), type(block.mlp)) != (Block, Attention, Mlp):
         return False
+    attention, mlp = block.attn, block.mlp
     if {requested(block.backend), requested(mlp.backend)} != {"auto"}:
         return False
     layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    if any(type(layer) is not nn.Linear or not onednn.is_usable(layer.weight) for layer in layers):
+    if not all(is_plain_linear(layer) and onednn.is_usable(layer.weight) for layer in layers):
         return False
-    # A copy would forget that it was compiled, and a packed layer calls no hooks.
-    return not any(module._compiled_call_impl for module in block.modules()) and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in (*layers, mlp)
-    )
+    # What is attached to the MLP goes with it; a copy would forget that it was compiled.
+    changed = mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in vars(mlp)
+    return not changed and not any(module._compiled_call_impl for module in block.modules())
 
 
 def _packed(block: Block, *, qkv: bool = True) -> Block:

@@ -30,7 +30,7 @@ def is_usable(weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`torch.nn.functional.linear` for a weight that `is_usable`, without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_PLAIN)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), *_PLAIN)
 
 
 class PackedLinear(nn.Module):
@@ -39,14 +39,14 @@ class PackedLinear(nn.Module):
     Args:
         weight: (out, in) that `is_usable`. It is copied, laid out as oneDNN reads it fastest, so
             later changes are not seen.
-        bias: (out,), not copied.
+        bias: (out,).
         gelu: whether GELU follows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False):
         super().__init__()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self._bias = bias.detach()
+        self._bias = bias.detach().contiguous()  # its strides would be passed over
         self._activation = _GELU if gelu else _PLAIN
 
     def forward(self, x: Tensor) -> Tensor:

@@ -458,6 +458,11 @@ def test_doctor_says_who_computes(monkeypatch, usable):
     by_op = {entry.op: entry.backend for entry in entries if entry.default}
     assert {name: ops.get(name, "reference") for name in by_op} == by_op
     assert doctor._runs_text("cpu", "float32", {}) == "cpu, float32, all by plain torch"
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", "reference")
+    assert doctor.examine()["runs"]["ops"] == {}
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", "fast")
+    assert "backend must be one of" in doctor.examine()["runs"]["error"]
+    assert run("doctor").exit_code == 0
     text = doctor._runs_text("cpu", "float32", {"denoise": "cpp"})
     assert text == "cpu, float32, denoise by cpp; all else by plain torch"
 

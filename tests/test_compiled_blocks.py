@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import nova
 from nova.cli.app import app
+from nova.errors import InputError
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
@@ -73,4 +74,13 @@ def test_options_of_the_command_line(tiny_video_folder, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*command, "--out", str(out), "--compile"])
     assert result.exit_code == 0 and len(compiled) == 1 and out.exists(), result.output
     result = CliRunner().invoke(app, [*command, "--out", str(out), "--cuda-graphs"])
-    assert result.exit_code != 0 and "CUDA graphs need a GPU" in " ".join(result.output.split())
+    assert result.exit_code != 0 and "--cuda-graphs needs a GPU" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, [*command, "--out", str(out), "--cuda-graphs", "--offload"])
+    assert result.exit_code != 0 and "cannot be used" in " ".join(result.output.split())
+
+
+def test_tuning_comes_first(tiny_video_folder):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    pipe.transformer.compile_blocks(backend="eager")
+    with pytest.raises(InputError, match="tune first"):
+        nova.tune(pipe)

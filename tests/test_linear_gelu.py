@@ -142,6 +142,11 @@ def test_the_mlp_runs_it_and_calls_layers_put_in_its_place():
     expected = mlp(x)
     mlp.backend = "triton"
     torch.testing.assert_close(mlp(x), expected)
+    calls = []
+    hook = mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(mlp(x), expected)
+    assert calls == [1]
+    hook.remove()
     adapter = Adapter(32, 128).to(DEVICE)
     adapter.load_state_dict(mlp.fc1.state_dict())
     hidden = F.gelu(mlp.fc1(x) + 1)
@@ -158,3 +163,16 @@ def test_what_does_not_fit():
         linear_gelu(x, weight, bias[:3])
     with pytest.raises(BackendError, match="one dtype"):
         linear_gelu(x, weight.half(), bias, backend="triton")
+    with pytest.raises(BackendError, match="float32, got torch.float64"):
+        linear_gelu(x.double(), weight.double(), bias.double(), backend="triton")
+
+
+@needs_triton
+def test_a_single_row_without_other_axes():
+    x, *others = inputs((1,), 8, 4)
+    row = x[0].detach().requires_grad_()
+    result = linear_gelu(row, *others, backend="triton")
+    exact = reference(row, *others)
+    torch.testing.assert_close(result, exact)
+    grad = torch.autograd.grad(result.sum(), row)[0]
+    torch.testing.assert_close(grad, torch.autograd.grad(exact.sum(), row)[0])

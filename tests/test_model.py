@@ -145,6 +145,8 @@ def test_attention_rows_equal_those_of_the_whole():
     x, rotary = torch.randn(2, 9, 16), Rotary.from_angles(torch.randn(9, 4), torch.float32)
     some = attention(x, rotary=rotary, queries=x[:, 3:7], query_rotary=rotary.slice(3, 7))
     torch.testing.assert_close(some, attention(x, rotary=rotary)[:, 3:7])
+    with pytest.raises(ValueError, match="query_rotary"):
+        attention(x, rotary=rotary, queries=x[:, 3:7])
 
 
 def test_import_is_light():

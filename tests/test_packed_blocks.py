@@ -48,6 +48,9 @@ def test_strided_inputs_and_weights():
     layer = PackedLinear(weight.t()[:, ::2], bias)
     expected = F.linear(x.transpose(0, 1)[1:], weight.t()[:, ::2], bias)
     torch.testing.assert_close(layer(x.transpose(0, 1)[1:]), expected)
+    weight, bias = random(3, 4), random(3, 2)[:, 1]
+    torch.testing.assert_close(PackedLinear(weight, bias)(x), F.linear(x, weight, bias))
+    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @needs_onednn
@@ -147,7 +150,14 @@ def test_hooks_of_a_block_are_called():
     assert calls == ["attention", "block"]
 
 
-@pytest.mark.parametrize("change", ["hook", "layer", "compiled", "backend", "bfloat16"])
+class Quantised(torch.Tensor):
+    """Weights that only their own layer knows to use."""
+
+
+CHANGES = ["hook", "layer", "bias", "forward", "weights", "compiled", "backend", "bfloat16"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_blocks_that_somebody_changed_stay_as_they_are(change):
     model = small_model()
     blocks = model.image_encoder.blocks
@@ -155,6 +165,14 @@ def test_blocks_that_somebody_changed_stay_as_they_are(change):
         blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     elif change == "layer":
         blocks[0].attn.proj = Other(64, 64)
+    elif change == "bias":
+        blocks[0].mlp.fc2 = nn.Linear(256, 64, bias=False)
+    elif change == "forward":
+        layer = blocks[0].mlp.fc1
+        layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) + 1
+    elif change == "weights":
+        layer = blocks[0].mlp.fc1
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), False)
     elif change == "compiled":
         blocks[0].compile()
     elif change == "backend":
@@ -164,3 +182,16 @@ def test_blocks_that_somebody_changed_stay_as_they_are(change):
     packed = packed_blocks(blocks)
     assert packed[0] is blocks[0]
     assert (packed[1] is blocks[1]) == (change == "bfloat16" or not onednn.is_usable(random(1, 1)))
+
+
+@needs_onednn
+def test_a_wrapper_around_a_block_is_left_alone():
+    model = small_model()
+    expected = sample(model)
+    wrapped = torch.compile(model.image_encoder.blocks[0], backend="eager", dynamic=True)
+    names = list(model.state_dict())
+    model.image_encoder.blocks[0] = wrapped
+    torch.testing.assert_close(sample(model), expected, atol=1e-4, rtol=1e-4)
+    assert packed_blocks(model.image_encoder.blocks)[0] is wrapped
+    assert len(model.state_dict()) == len(names)
+    torch.compiler.reset()

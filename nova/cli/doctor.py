@@ -143,7 +143,9 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _runs_text(device: str, dtype: str, ops: dict[str, str]) -> str:
+def _runs_text(device: str, dtype: str, ops: dict[str, str], error: str | None = None) -> str:
+    if error is not None:
+        return f"{device}, {dtype}; nothing with these settings: {error}"
     own = "; ".join(f"{name} by {who}" for name, who in ops.items())
     return f"{device}, {dtype}, {own + '; all else' if own else 'all'} by plain torch"
 
@@ -239,13 +241,19 @@ def _what_runs(torch: Any) -> dict[str, Any]:
     """Device and dtype without options, and who computes what is not left to torch's defaults."""
     import nova_kernels
     from nova_kernels import onednn
+    from nova_kernels.dispatch import requested
 
     from .device import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)
-    entries = nova_kernels.report(device.type, check=False)
+    runs = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        entries = nova_kernels.report(device.type, check=False)
+    except (ValueError, RuntimeError) as error:  # NOVA_KERNELS_BACKEND, or a GPU that is in use
+        return {**runs, "ops": {}, "error": str(error)}
     ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
-    if onednn.is_usable(torch.empty(0, dtype=dtype, device=device)):
+    packs = device.type == "cpu" and requested("auto") == "auto"
+    if packs and onednn.is_usable(torch.empty(0, dtype=dtype)):
         ops["linear layers"] = "oneDNN"
-    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "ops": ops}
+    return {**runs, "ops": ops}

@@ -147,7 +147,13 @@ def tune_sampler(
 
     Args:
         layouts: whether the model's parameters may be replaced by copies in another layout.
+
+    Raises:
+        InputError: the blocks are compiled: every candidate would be a variant of the code, and
+            torch.compile keeps few.
     """
+    if run.model.has_compiled_blocks:
+        raise InputError("tune first, then call compile_blocks(): it keeps what was chosen")
     if sampler.tuning is not None:
         sampler.tuning.undo()
         sampler.tuning = None

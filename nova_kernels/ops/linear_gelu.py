@@ -70,6 +70,15 @@ def _forward(
     return OP.module(backend).forward(x, weight, bias, keep_hidden)
 
 
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Plain matrix products, which libraries do best.
+    grad = torch.ops.aten.gelu_backward(grad, hidden)
+    rows, inputs = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+    return grad @ weight, rows.t() @ inputs, rows.sum(0)
+
+
 def _fake(x, weight, bias, keep_hidden, backend):
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     return out, torch.empty_like(out) if keep_hidden else out.new_empty(0)
@@ -80,6 +89,17 @@ define(
     " -> (Tensor, Tensor)",
     _forward,
     _fake,
+)
+# An operator of its own, since a second derivative by torch would take `hidden` for a constant.
+define(
+    "linear_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor hidden)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad, x, weight, hidden: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape[0]),
+    ),
 )
 
 
@@ -94,11 +114,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad: Tensor, _):
-    # Plain matrix products, which libraries do best.
-    x, weight, hidden = ctx.saved_tensors
-    grad = torch.ops.aten.gelu_backward(grad, hidden)
-    rows = grad.flatten(0, -2)
-    return grad @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0), None, None
+    gradients = torch.ops.nova_kernels.linear_gelu_backward(grad, *ctx.saved_tensors)
+    return *gradients, None, None
 
 
 define_gradient("linear_gelu", _gradients, _save)

@@ -22,6 +22,7 @@ class TileSetting:
     num_stages: int
 
 
+HALF = (torch.float16, torch.bfloat16)
 # For half precision, by the rows of the product, at least so many. Chosen by what compiles without
 # spills on both architectures; to be tuned on GPUs.
 SETTINGS = {
@@ -29,8 +30,8 @@ SETTINGS = {
     128: TileSetting(64, 128, 64, 4, 4),
     0: TileSetting(32, 64, 128, 4, 4),
 }
-# The widest tile leaves no registers for a second thing to store.
-KEEPING_HIDDEN = {1024: TileSetting(128, 128, 64, 8, 3), 128: SETTINGS[128], 0: SETTINGS[0]}
+# Where two things are stored, or inputs end inside a tile: the widest tile leaves no registers.
+SMALLER = {1024: TileSetting(128, 128, 64, 8, 3), 128: SETTINGS[128], 0: SETTINGS[0]}
 # Tensor cores do not keep the precision of float32; without them only small tiles fit registers.
 EXACT = TileSetting(32, 32, 32, 4, 2)
 # Tiles of rows that neighbouring programs share, so that these and their weights stay in the L2
@@ -102,17 +103,17 @@ def plan(
     x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch and what it fills: the result, and what GELU is applied to."""
-    if not x.dtype == weight.dtype == bias.dtype:
+    if not x.dtype == weight.dtype == bias.dtype or x.dtype not in (*HALF, torch.float32):
         raise BackendError(
-            f"linear_gelu: the kernel takes one dtype, got {x.dtype}, {weight.dtype} and "
-            f"{bias.dtype}; use backend='reference'"
+            "linear_gelu: the kernel takes one dtype, float16, bfloat16 or float32, got "
+            f"{x.dtype}, {weight.dtype} and {bias.dtype}; use backend='reference'"
         )
     outputs, inputs = weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
     hidden = torch.empty_like(out) if keep_hidden else out.new_empty(0)
     rows = x.reshape(-1, inputs)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    setting = setting_of(x.dtype, len(rows), keep_hidden)
+    setting = setting_of(x.dtype, len(rows), inputs, keep_hidden)
     grid = ceil_div(len(rows), setting.block_rows) * ceil_div(outputs, setting.block_outputs)
     arguments = {
         "x": rows,
@@ -140,9 +141,9 @@ def plan(
     return launch, out, hidden
 
 
-def setting_of(dtype: torch.dtype, num_rows: int, keep_hidden: bool) -> TileSetting:
-    """The launch setting of a product with so many rows."""
-    if dtype not in (torch.float16, torch.bfloat16):
+def setting_of(dtype: torch.dtype, num_rows: int, inputs: int, keep_hidden: bool) -> TileSetting:
+    """The launch setting of a product with so many rows and inputs."""
+    if dtype not in HALF:
         return EXACT
-    settings = KEEPING_HIDDEN if keep_hidden else SETTINGS
+    settings = SMALLER if keep_hidden or inputs % SETTINGS[1024].block_inputs else SETTINGS
     return next(setting for least, setting in settings.items() if num_rows >= least)
