@@ -39,7 +39,8 @@ step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
 step 30 ops "$python" -m nova_kernels
 step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
-    tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py tests/test_backends.py
+    tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py \
+    tests/test_backends.py
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.

@@ -135,10 +135,6 @@ def test_options_of_blocks_are_kept_and_small_tensors_shared():
     assert packed[-1].attn.qkv.weight is blocks[-1].attn.qkv.weight
 
 
-class Other(nn.Linear):
-    """A layer that somebody put in the place of one of ours."""
-
-
 @needs_onednn
 def test_hooks_of_a_block_are_called():
     blocks, calls = small_model().image_encoder.blocks, []
@@ -148,6 +144,10 @@ def test_hooks_of_a_block_are_called():
     assert packed[0] is not blocks[0]
     run(packed, random(1, 3, 64))
     assert calls == ["attention", "block"]
+
+
+class Other(nn.Linear):
+    """A layer that somebody put in the place of one of ours."""
 
 
 class Quantised(torch.Tensor):

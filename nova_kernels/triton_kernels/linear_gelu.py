@@ -90,9 +90,7 @@ def linear_gelu_kernel(
     _finish(right, bias, out, hidden, row, output, rows_in, outputs, KEEP_HIDDEN)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool = False
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool) -> tuple[Tensor, Tensor]:
     """See `nova_kernels.ops.linear_gelu`; also what GELU was applied to, or an empty tensor."""
     launch, out, hidden = plan(x, weight, bias, keep_hidden)
     launch.run()
