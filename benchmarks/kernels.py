@@ -11,6 +11,7 @@ are the card's own, measured in the same run: a copy for bytes, a matrix product
 import argparse
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def print_floors(rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
 
 def implementations(case: KernelCase) -> dict[str, Any]:
     """Everything that computes a case, by name."""
-    ours = {name: lambda *t, name=name: case.run(name, *t) for name in BACKENDS}
+    written = import_module(f"nova_kernels.ops.{case.op}").OP.implementations
+    names = [name for name in BACKENDS if name in ("reference", *written)]
+    ours = {name: lambda *t, name=name: case.run(name, *t) for name in names}
     return {**ours, "torch.compile": torch.compile(ours["reference"]), **case.peers}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nova_kernels import frame_scale_shift
-from nova_kernels.dispatch import check_backend
+from nova_kernels.dispatch import OTHERWISE, check_backend
 
 from .config import EncoderConfig, ModelConfig
 from .head import DiffusionMLP
@@ -182,7 +182,7 @@ class NOVATransformer(nn.Module):
             ValueError: there is no such backend.
         """
         check_backend(backend)
-        elsewhere = {"cuda": "triton", "cpp": "reference"}.get(backend, backend)
+        elsewhere = OTHERWISE.get(backend, backend)
         # Of the C++ ops the loop is the only one.
         head = self.image_decoder
         in_head = {head} if backend == "cpp" else set(head.modules())

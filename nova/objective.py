@@ -107,8 +107,9 @@ def _encode_masked(
     count = model.config.num_image_tokens
     hidden = torch.ones(len(visible), count, dtype=torch.bool, device=visible.device)
     hidden.scatter_(1, visible.long(), False)
-    # Visible first, then masked: a permutation of the tokens of every sample.
-    hidden_ids = hidden.nonzero()[:, 1].view(len(visible), -1)
+    # Visible first, then masked: a permutation of the tokens of every sample. Sorted, since for
+    # `nonzero` the host would wait for a GPU.
+    hidden_ids = hidden.byte().argsort(dim=1, stable=True)[:, visible.shape[1] :]
     order = torch.cat([visible.long(), hidden_ids], dim=1)
     embedded = model.image_encoder.patch_embed(samples)
     masked = model.mask_embed.mask_token.expand_as(embedded)

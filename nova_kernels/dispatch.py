@@ -1,8 +1,10 @@
 """Which implementation runs an op: plain torch ("reference"), "triton", "cuda" or "cpp".
 
 Every op takes `backend`. "auto", the default, takes the best implementation that is known to be
-right and fast, and the reference for everything else; the environment variable
-NOVA_KERNELS_BACKEND replaces "auto". An implementation that is asked for by name runs or raises.
+right and fast, and the reference for everything else. An implementation that is asked for by name
+runs or raises. The environment variable NOVA_KERNELS_BACKEND replaces "auto". It speaks of all ops,
+so "cuda" means "triton" for those that are not written in CUDA, and "cpp" the reference for those
+that are not written in C++.
 """
 
 import importlib
@@ -22,6 +24,8 @@ from nova_kernels.errors import BackendError
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 VARIABLE = "NOVA_KERNELS_BACKEND"
+# Where one backend is asked for all ops: what runs those that it does not have.
+OTHERWISE = {"cuda": "triton", "cpp": "reference"}
 LIBRARY = library.Library("nova_kernels", "DEF")
 # Looked for once: torch.compile cannot trace a search for modules.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -49,15 +53,17 @@ class Op:
             ValueError: `backend`, or what NOVA_KERNELS_BACKEND holds, is not one of `BACKENDS`.
             BackendError: the implementation that was asked for cannot run on these tensors.
         """
-        backend = requested(backend)
-        if backend == "reference":
-            return backend
-        if backend == "auto":
+        named = requested(backend)
+        if backend == "auto" and named not in self.implementations:
+            named = OTHERWISE.get(named, named)
+        if named == "reference":
+            return named
+        if named == "auto":
             return next((name for name in self.usable(*tensors)), "reference")
-        reason = self.obstacle(backend, *tensors)
+        reason = self.obstacle(named, *tensors)
         if reason is not None:
-            raise BackendError(f"{self.name}: backend {backend!r} cannot run: {reason}")
-        return backend
+            raise BackendError(f"{self.name}: backend {named!r} cannot run: {reason}")
+        return named
 
     def usable(self, *tensors: Tensor) -> list[str]:
         """Verified implementations that can run on these tensors, best first."""

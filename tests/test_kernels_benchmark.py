@@ -75,6 +75,14 @@ def test_torch_compile_is_timed_as_such(monkeypatch):
         assert len(compiled) == 2 * count  # with gradients and without
 
 
+def test_only_what_is_written_is_tried():
+    def names(case):
+        return kernels.implementations(case).keys() - {"torch.compile"}
+
+    assert names(kernel_cases.residual_norm(6, 8)) == {"reference", "triton", "cuda"}
+    assert names(kernel_cases.rope3d(2, 8, 2, 32)) == {"reference", "triton"}
+
+
 def test_a_peer_that_fails_is_left_out(monkeypatch):
     def fail(*inputs):
         raise RuntimeError("no kernel image\nis there")

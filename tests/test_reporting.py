@@ -71,6 +71,22 @@ def test_automatic_choice(monkeypatch):
 
 
 @needs_triton
+def test_the_variable_speaks_of_all_ops(monkeypatch):
+    """What a backend does not have runs by another; asked for by name it is refused."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    in_triton, in_cpp = Op("rope3d"), Op("denoise", ("triton", "cpp"))
+    x = torch.empty(0)
+    monkeypatch.setenv(VARIABLE, "cuda")
+    assert in_triton.choose("auto", x) == "triton"
+    monkeypatch.setenv(VARIABLE, "cpp")
+    assert in_triton.choose("auto", x) == "reference"
+    with pytest.raises(nova_kernels.BackendError, match="not written for this op"):
+        in_triton.choose("cuda", x)
+    if cpp_extension.obstacle() is None:
+        assert in_cpp.choose("auto", x) == "cpp"
+
+
+@needs_triton
 def test_automatic_choice_of_what_is_verified(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     op = Op("scale_shift", verified=frozenset({"triton"}))

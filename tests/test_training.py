@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import SMALL, SMALL_IMAGE, small_model
+from small_models import SMALL, SMALL_IMAGE, SMALL_ROTARY, small_model
 from training_data import write_latents
 
 from nova.conditioning import Conditioning
@@ -143,6 +143,16 @@ def test_losses_are_those_of_the_objective(data, scheduler):
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss)
     torch.testing.assert_close(losses["loss"], sum(expected.values()))
+
+
+@pytest.mark.parametrize("scheduler", [FLOW, DDPMConfig()], ids=["flow", "ddpm"])
+@pytest.mark.parametrize("config", [SMALL, SMALL_ROTARY], ids=["absolute", "rotary"])
+def test_a_step_does_not_wait_for_its_device(data, config, scheduler):
+    """It makes its tensors where the model is, and reads no value: the meta device has none."""
+    objective = NOVAObjective(trainable(config), scheduler).to("meta")
+    batch = {key: x.to("meta") for key, x in batch_of(data, config, range(2), scheduler).items()}
+    objective(**batch)["loss"].backward()
+    assert all(p.grad.is_meta for p in objective.parameters() if p.grad is not None)
 
 
 def test_every_sample_keeps_its_own_draws(data):
