@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from ceilings import Ceilings
+from fps_memory import SamplerMemory
 from fps_samplers import EXACT, PLAIN, STARTING_UP, TUNED
 from fps_stages import stage_seconds
 from fps_text import make_text_encoder, text_seconds
 from fps_vae import decode_seconds, make_vae
 from fps_workloads import Workload
-from measure import peak_memory_bytes, relative_error, reset_peak_memory, synchronize
+from measure import allocated_bytes, relative_error, synchronize
 from random_model import RandomModelRun
 from torch import Tensor
 from work_counts import TEXT, VAE, total
@@ -29,15 +30,15 @@ class SamplerRuns:
     Attributes:
         latencies, first_frames: seconds of the timed runs, and those until their first frame.
         first_run_s: of the first run, with whatever starts up in it.
-        peak_bytes: of memory.
+        memory: what it takes.
         error: relative, against the plain sampler.
         refused: why it was not timed; None: it was right.
     """
 
+    memory: SamplerMemory
     latencies: list[float] = field(default_factory=list)
     first_frames: list[float] = field(default_factory=list)
     first_run_s: float = 0.0
-    peak_bytes: int = 0
     error: float = 0.0
     refused: str | None = None
 
@@ -87,19 +88,19 @@ def run_samplers(
     """
     begin = time.perf_counter()
     seen: dict[str, SamplerRuns] = {}
+    shared_bytes = allocated_bytes(device)
     right = None
     for name, sampler in samplers.items():
-        seen[name] = runs = SamplerRuns()
-        reset_peak_memory(device)
+        seen[name] = runs = SamplerRuns(SamplerMemory(device, shared_bytes))
         try:
-            latents, runs.first_run_s, first_frame = timed_run(run, sampler, device)
+            with runs.memory.run():
+                latents, runs.first_run_s, first_frame = timed_run(run, sampler, device)
         except torch.OutOfMemoryError:
             if right is None:
                 raise
             runs.refused = "not enough memory"
             continue
         right = latents if right is None else right
-        runs.peak_bytes = peak_memory_bytes(device)
         compared = slice(0, compared_frames)
         runs.error = relative_error(latents[:, :, compared], right[:, :, compared])
         if not runs.error <= tolerance:
@@ -111,11 +112,10 @@ def run_samplers(
         for name, runs in seen.items():
             if runs.refused is not None or len(runs.latencies) == repeats:
                 continue
-            reset_peak_memory(device)
-            _, latency, first_frame = timed_run(run, samplers[name], device)
+            with runs.memory.run():
+                _, latency, first_frame = timed_run(run, samplers[name], device)
             runs.latencies.append(latency)
             runs.first_frames.append(first_frame)
-            runs.peak_bytes = max(runs.peak_bytes, peak_memory_bytes(device))
         if seconds is not None and turn > 0 and time.perf_counter() - begin > seconds:
             break
     return seen, right
@@ -249,5 +249,5 @@ def _figures(
         "ratio_to_plain": plain_s / latency,
         "share_of_floor": shared["floor_s"] / latency,
         "max_error_vs_plain": runs.error,
-        "peak_memory_bytes": runs.peak_bytes,
+        "peak_memory_bytes": runs.memory.peak_bytes,
     }

@@ -40,6 +40,11 @@ def reset_peak_memory(device: torch.device) -> None:
         pass  # the peak then is that of the process so far
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes that tensors take on the GPU now; 0 on a CPU, where torch does not count them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Bytes allocated on the GPU, or the process's resident set, at its peak since the reset."""
     if device.type == "cuda":

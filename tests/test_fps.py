@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import fps
+import fps_memory
 import pytest
 import torch
 from card_facts import parse_card_facts
@@ -116,6 +117,26 @@ def test_compared_frames():
             tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, compared_frames=frames
         )
         assert (seen["wrong"].refused is None) == is_right
+
+
+def test_memory_that_other_samplers_keep_does_not_count(monkeypatch):
+    allocated = [100]  # weights
+    peak = []
+    monkeypatch.setattr(fps_memory, "allocated_bytes", lambda device: allocated[0])
+    monkeypatch.setattr(fps_memory, "reset_peak_memory", lambda device: None)
+    monkeypatch.setattr(fps_memory, "peak_memory_bytes", lambda device: peak[-1])
+    plain, graphs = (fps_memory.SamplerMemory(torch.device("cuda"), 100) for _ in range(2))
+
+    def run(memory, takes, keeps):
+        with memory.run():
+            peak.append(allocated[0] + takes)
+            allocated[0] += keeps
+
+    run(plain, takes=30, keeps=0)
+    run(graphs, takes=50, keeps=40)
+    run(plain, takes=20, keeps=0)
+    run(graphs, takes=5, keeps=0)
+    assert (plain.peak_bytes, graphs.peak_bytes) == (130, 150)
 
 
 def counting(calls):
