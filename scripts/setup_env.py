@@ -14,6 +14,7 @@ TORCH                     a torch version instead of the tested one, for example
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,10 @@ OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
 TESTED_TORCH = "2.13.0"
 # PyTorch's own indexes, one for each build: cpu, cu126...
 TORCH_INDEX = "https://download.pytorch.org/whl/{}"
+# PyPI's build of it has CUDA 13, which drivers from this one on run; older ones, from 525 on, run
+# the build with CUDA 12.
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+OLDEST_DRIVER_OF_PYPI, BUILD_FOR_OLDER_DRIVERS = 580, "cu126"
 
 
 def say(message):
@@ -143,6 +148,28 @@ def has_nvidia_gpu():
     return Path("/dev/nvidiactl").exists() or succeeds(["nvidia-smi"])
 
 
+def nvidia_driver():
+    """The driver's first number, such as 570; None where it cannot be found out."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        said = read(Path("/proc/driver/nvidia/version"))
+    version = re.search(r"\b(\d+)\.\d+", said)
+    return int(version[1]) if version else None
+
+
+def torch_build():
+    """The build of torch for this machine: its label, or an empty string for PyPI's."""
+    if sys.platform != "linux":
+        return ""  # PyPI's for macOS is small and serves every machine
+    if not has_nvidia_gpu():
+        return "cpu"
+    driver = nvidia_driver()
+    is_old = driver is not None and driver < OLDEST_DRIVER_OF_PYPI
+    return BUILD_FOR_OLDER_DRIVERS if is_old else ""
+
+
 def installed_torch():
     """Version of torch in .venv, or an empty string."""
     code = "import importlib.metadata as metadata; print(metadata.version('torch'))"
@@ -151,21 +178,20 @@ def installed_torch():
 
 
 def install_torch():
-    """Installs torch: the small CPU build on a machine without an NVIDIA GPU, else PyPI's."""
+    """Installs torch: a build for the NVIDIA driver, or the small CPU build where there is none."""
     wanted = os.environ.get("TORCH") or TESTED_TORCH
     version, _, label = wanted.partition("+")
     present = installed_torch()
     if present == wanted or (not label and present.partition("+")[0] == version):
         return
-    # PyPI's builds for Linux carry or fetch CUDA, several gigabytes; those for macOS do not.
-    build = label or ("cpu" if sys.platform == "linux" and not has_nvidia_gpu() else "")
+    build = label or torch_build()
     if build:
         say(f"installing torch {version}, build {build}")
         if install_torch_build(f"torch=={version}+{build}", TORCH_INDEX.format(build)):
             return
         if label:
             stop(f"torch {wanted} was not found, neither by pip as set up nor in PyTorch's index")
-        say("no CPU build of it within reach: taking PyPI's build with CUDA, a large download")
+        say("no such build within reach: taking PyPI's, with CUDA 13, a large download")
     else:
         say(f"installing torch {version}")
     if not pip_install(f"torch=={version}"):
@@ -200,6 +226,10 @@ def main():
     install_torch()
     install_project()
     subprocess.run([str(VENV_PYTHON), "-m", "nova_kernels", "--build"], check=True)
+    if has_nvidia_gpu() and not succeeds(
+        [str(VENV_PYTHON), "-c", "import torch; torch.cuda.init()"]
+    ):
+        say("torch cannot use this machine's GPU; .venv/bin/nova doctor says more")
     STAMP.write_text(state)
 
 

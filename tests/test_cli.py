@@ -480,6 +480,34 @@ def test_doctor_names_the_command_for_what_is_missing():
     assert {"nvcc", "CUDA extension"} <= set(doctor.missing(report))
 
 
+@pytest.mark.parametrize(
+    "driver, build, advice",
+    [
+        ("550.54.15", "13.0", "driver 550.54.15 is too old for CUDA 13.0, which needs 580"),
+        ("550.54.15", "13.0", "whl/cu126"),
+        ("470.82", "13.0", "update it"),
+        ("580.65.06", "13.0", "CUDA_VISIBLE_DEVICES"),
+        ("580.65.06", None, "this one is a CPU build"),
+    ],
+)
+def test_doctor_knows_why_torch_sees_no_gpu(driver, build, advice):
+    report = doctor.examine() | {"driver": driver, "gpus": []}
+    report["torch"]["cuda_build"] = build
+    text = doctor.missing(report)["another torch"]
+    assert advice in text and ("cu126" in text) == (driver.startswith("550"))
+    assert ("GPU", f"none is visible to torch; the driver is {driver}") in doctor._rows(report)
+
+
+def test_doctor_reads_the_driver(monkeypatch):
+    def answer(text):
+        result = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(doctor.subprocess, "run", lambda *command, **options: result)
+        return doctor._driver()
+
+    assert answer("570.86.15\n570.86.15\n") == "570.86.15"
+    assert answer("No devices were found\n") is None
+
+
 def test_doctor_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     result = run("doctor")

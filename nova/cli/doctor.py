@@ -39,7 +39,13 @@ ALTERNATIVES = {
     "triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
 }
 INSTALL_TORCH = "see https://pytorch.org/get-started/locally, or: pip install torch"
+INSTALL_TORCH_CUDA_12 = (
+    "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+)
 INSTALL_NVCC = "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"
+# The oldest drivers that run builds with this CUDA, by its first number.
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+OLDEST_DRIVERS = {12: 525, 13: 580}
 REBUILD = "NOVA_CUDA=1 pip install --force-reinstall --no-deps nova-kernels"
 
 
@@ -61,6 +67,7 @@ def examine() -> dict[str, Any]:
         "cuda_extension": _cuda_extension(),
         "nvcc": _nvcc(),
         "h264": _has_h264(),
+        "driver": _driver(),
         "gpus": _gpus(torch) if torch else [],
         "cpu": {
             "threads": torch.get_num_threads() if torch else os.cpu_count(),
@@ -88,7 +95,23 @@ def missing(report: dict[str, Any]) -> dict[str, str]:
             if report["nvcc"] is None:
                 wanted["nvcc"] = f"building the CUDA extension: {INSTALL_NVCC}"
             wanted["CUDA extension"] = f"CUDA kernels: {REBUILD}"
+    elif report["driver"] is not None and report["torch"]["version"] is not None:
+        wanted["another torch"] = f"the GPU: {_torch_for_driver(report)}"
     return wanted
+
+
+def _torch_for_driver(report: dict[str, Any]) -> str:
+    """Why torch does not use the GPU of a machine with this driver, and what to do."""
+    driver, build = report["driver"], report["torch"]["cuda_build"]
+    if build is None:
+        return f"this one is a CPU build; {INSTALL_TORCH}"
+    number, oldest = int(driver.split(".")[0]), OLDEST_DRIVERS.get(int(build.split(".")[0]), 0)
+    if number >= oldest:
+        return f"this one does not start with driver {driver}; look at CUDA_VISIBLE_DEVICES first"
+    advice = f"driver {driver} is too old for CUDA {build}, which needs {oldest}; update it"
+    if OLDEST_DRIVERS[12] <= number:
+        advice += f", or: {INSTALL_TORCH_CUDA_12}"
+    return advice
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -126,15 +149,17 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("nvcc", report["nvcc"] or "not found"))
     rows.append(("CUDA extension", _extension_text(report["cuda_extension"])))
     for gpu in report["gpus"]:
+        free = "?" if gpu["free_memory_gib"] is None else gpu["free_memory_gib"]
         rows.append(
             (
                 gpu["device"],
                 f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-                f"{gpu['free_memory_gib']} of {gpu['memory_gib']} GiB free",
+                f"{free} of {gpu['memory_gib']} GiB free",
             )
         )
     if not report["gpus"]:
-        rows.append(("GPU", "none is visible"))
+        driver = "" if report["driver"] is None else f" to torch; the driver is {report['driver']}"
+        rows.append(("GPU", f"none is visible{driver}"))
     free = report["cpu"]["free_memory_gib"]
     memory = "free memory unknown" if free is None else f"{free} GiB free"
     rows.append(("CPU", f"{report['cpu']['threads']} threads, {memory}"))
@@ -203,6 +228,17 @@ def _has_h264() -> bool:
     except Exception:  # PyAV's own error type; any failure means that it cannot be used
         return False
     return True
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, such as "570.86.15"; None where there is none, or no GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    version = re.match(r"\d+\.[\d.]+", output.stdout)
+    return version[0] if version else None
 
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:

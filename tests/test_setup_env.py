@@ -1,0 +1,39 @@
+"""The script that makes .venv: which build of torch a machine gets."""
+
+import subprocess
+
+import pytest
+import setup_env
+
+
+@pytest.mark.parametrize(
+    "gpu, driver, build",
+    [
+        (False, None, "cpu"),
+        (True, "535.183.01\n", "cu126"),
+        (True, "580.65.06\n580.65.06\n", ""),
+        (True, "no answer\n", ""),
+    ],
+)
+def test_torch_fits_the_driver(monkeypatch, gpu, driver, build):
+    monkeypatch.setattr(setup_env.sys, "platform", "linux")
+    monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(setup_env.subprocess, "check_output", lambda *command, **options: driver)
+    assert setup_env.torch_build() == build
+
+
+def test_the_driver_without_nvidia_smi(monkeypatch):
+    def fail(*command, **options):
+        raise subprocess.CalledProcessError(9, "nvidia-smi")
+
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build"
+    monkeypatch.setattr(setup_env.subprocess, "check_output", fail)
+    monkeypatch.setattr(setup_env, "read", lambda path: text)
+    assert setup_env.nvidia_driver() == 570
+    monkeypatch.setattr(setup_env, "read", lambda path: "")
+    assert setup_env.nvidia_driver() is None
+
+
+def test_macos_takes_pypi(monkeypatch):
+    monkeypatch.setattr(setup_env.sys, "platform", "darwin")
+    assert setup_env.torch_build() == ""
