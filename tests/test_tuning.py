@@ -60,7 +60,7 @@ def pipe(tiny_video_folder):
 def prefer(monkeypatch, *preferred):
     """Make tuning choose these candidates, whatever the clock says."""
 
-    def choose(choice, work, device, *, record=None):
+    def choose(choice, *_, **__):
         chosen = next((name for name in choice.candidates if name in (*preferred, TUNED)), None)
         chosen = choice.candidates[0] if chosen is None else chosen
         choice.set(chosen)
@@ -326,7 +326,7 @@ def test_a_saved_pipeline_is_laid_out_as_usual(pipe, monkeypatch, tmp_path):
 def test_gains_that_do_not_add_up_are_not_kept(pipe, monkeypatch):
     measured = []
 
-    def choose(choice, work, device, *, record=None):
+    def choose(choice, *_, **__):
         measured.append(choice.name)
         chosen = choice.candidates[-1] if choice.name != Stage.IMAGE_ENCODER.value else "default"
         return Measurement(choice.name, chosen, {chosen: 1.0}, {})

@@ -10,6 +10,7 @@ from torch import nn
 
 from nova_kernels import onednn
 from nova_kernels.dispatch import Op, requested
+from nova_kernels.ops.block_causal_attention import OP as BLOCK_CAUSAL_ATTENTION
 from nova_kernels.ops.denoise import OP as DENOISE
 from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 from nova_kernels.ops.residual_norm import OP as RESIDUAL_NORM
@@ -41,6 +42,7 @@ class Choice:
         name: of what is chosen.
         stage: the part of a step that it changes.
         candidates: the first is what runs without a choice.
+        unproven: candidates that were not verified on a GPU.
         set: makes a model run with a candidate.
         undo: makes it run as before.
     """
@@ -50,6 +52,7 @@ class Choice:
     candidates: tuple[str, ...]
     set: Callable[[str], None]
     undo: Callable[[], None]
+    unproven: frozenset[str] = frozenset()
 
 
 def together(choices: Sequence[Choice], chosen: Sequence[str]) -> Choice:
@@ -81,14 +84,16 @@ def choices_of(
     """
     blocks = list(model.image_encoder.blocks)
     attention = [block.attn for block in blocks]
+    libraries = installed_libraries(device)
     library = partial(_set_attribute, attention, "attention_library")
     choices = [
         Choice(
             "attention",
             Stage.IMAGE_ENCODER,
-            installed_libraries(device),
+            libraries,
             library,
             partial(library, TORCH),
+            frozenset({"triton"} & set(libraries)) - BLOCK_CAUSAL_ATTENTION.verified,
         )
     ]
     layouts = layouts and not onednn.is_usable(attention[0].qkv.weight)
@@ -123,7 +128,8 @@ def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torc
             if name != default and _competes(op, name, sample)
         ]
     choose = partial(_set_attribute, modules, "backend")
-    return Choice(op.name, stage, tuple(candidates), choose, partial(choose, AUTO))
+    unproven = frozenset(candidates) - {"reference"} - op.verified
+    return Choice(op.name, stage, tuple(candidates), choose, partial(choose, AUTO), unproven)
 
 
 def _competes(op: Op, name: str, sample: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,18 +31,20 @@ def measure(
     device: torch.device,
     *,
     record: Recorder | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Measurement:
     """Time the candidates of a choice, and set the best one.
 
     Args:
         work: what they compute.
         record: times replays of what it records, as CUDA graphs, in place of calls.
+        refused: candidates that are not to be run, and why.
 
     Raises:
         RuntimeError: of the first candidate, which is what runs without a choice.
     """
     seconds: dict[str, list[float]] = {}
-    refused: dict[str, str] = {}
+    refused = dict(refused or {})
     expected = None
     for turn in range(ROUNDS):
         for name in choice.candidates:

@@ -20,6 +20,7 @@ from .choices import DEFAULT, Choice, Stage, choices_of, together
 from .measuring import measure
 from .record import Measurement, TuningRecord, load_record, save_record
 from .step import MiddleStep
+from .trial import TrialRun, refused_in_trial
 
 
 class Tunable(Protocol):
@@ -83,7 +84,8 @@ def tune(
     versions and the sizes, so that it is measured once. Print what is returned, or
     `nova.report(pipe)`, to see it. Moving or converting the pipeline undoes it.
 
-    Implementations that are not verified on a GPU yet are candidates too. With CUDA graphs on
+    Implementations that are not verified on a GPU yet are candidates too; they run first in another
+    process, which takes memory for a second model and some ten seconds. With CUDA graphs on
     (`enable_cuda_graphs`), replays of graphs are timed.
 
     Args:
@@ -178,6 +180,7 @@ def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) ->
     """One choice after the other, each with those before it as they were made."""
     step = MiddleStep(run.model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
     recorder = CUDARecorder() if facts["cuda_graphs"] else None
+    refused = _refused_in_trial(run, choices, facts["cuda_graphs"])
     measurements: list[Measurement] = []
     stages: list[Measurement] = []
     for stage in Stage:
@@ -185,7 +188,7 @@ def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) ->
         time = partial(
             measure, work=partial(step.run, stage), device=run.model.device, record=recorder
         )
-        found = [time(choice) for choice in of_stage]
+        found = [time(choice, refused=refused[choice.name]) for choice in of_stage]
         chosen = [entry.chosen for entry in found]
         defaults = [choice.candidates[0] for choice in of_stage]
         if chosen != defaults:
@@ -195,6 +198,28 @@ def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) ->
                 found = [replace(m, chosen=d) for m, d in zip(found, defaults, strict=True)]
         measurements += found
     return TuningRecord(facts, tuple(measurements), tuple(stages))
+
+
+def _refused_in_trial(
+    run: TunedRun, choices: list[Choice], cuda_graphs: bool
+) -> dict[str, dict[str, str]]:
+    """Of every choice the candidates that did harm or failed where it does none, and why."""
+    model = run.model
+    candidates = [(choice.name, name) for choice in choices for name in sorted(choice.unproven)]
+    trial = TrialRun(
+        str(model.device),
+        str(model.dtype).removeprefix("torch."),
+        model.config,
+        run.schedule,
+        run.guidance,
+        run.set_sizes,
+        run.batch_size,
+        cuda_graphs,
+    )
+    reasons: dict[str, dict[str, str]] = {choice.name: {} for choice in choices}
+    for (choice, name), reason in refused_in_trial(trial, candidates).items():
+        reasons[choice][name] = reason
+    return reasons
 
 
 def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str, Any]:

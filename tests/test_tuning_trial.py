@@ -1,0 +1,116 @@
+"""Candidates in a process of their own: what fails, crashes or hangs there is refused here."""
+
+import sys
+
+import pytest
+import torch
+from small_models import SMALL, small_model
+
+import nova_kernels.ops.denoise
+from nova.guidance import Guidance
+from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
+from nova.tuning import choices, trial
+from nova.tuning.choices import choices_of
+from nova.tuning.trial import TrialRun, refused_in_trial
+from nova.tuning.tuner import TunedRun, tune_sampler
+from nova_kernels.cpp_kernels import extension
+from nova_kernels.dispatch import Op
+
+RUN = TrialRun(
+    "cpu",
+    "float32",
+    SMALL,
+    FlowMatchConfig().schedule(3),
+    Guidance(scale=3.0, image_scale=1.5),
+    set_sizes(16, 4),
+    batch_size=2,
+    cuda_graphs=False,
+)
+# In place of the real process: it answers, or does what the candidate is called.
+STAND_IN = """
+import json, os, sys, time
+run = json.load(sys.stdin)
+print("[]", flush=True)
+for choice, name in run["candidates"]:
+    if name == "abort":
+        print("not on this card", file=sys.stderr, flush=True)
+        os._exit(3)
+    if name == "hang":
+        time.sleep(60)
+    print(json.dumps([choice, name, None]), flush=True)
+"""
+
+
+def use_stand_in(monkeypatch, program=STAND_IN, timeout=10.0):
+    monkeypatch.setattr(trial, "PROGRAM", [sys.executable, "-c", program])
+    monkeypatch.setattr(trial, "TIMEOUT_S", timeout)
+
+
+@pytest.mark.parametrize("schedule", [RUN.schedule, DDPMConfig().schedule(4)])
+def test_a_run_crosses_over(schedule):
+    run = TrialRun(**{**vars(RUN), "schedule": schedule})
+    candidates = [("attention", "math"), ("denoise", "cpp")]
+    assert TrialRun.from_json(run.to_json(candidates)) == (run, candidates)
+
+
+def test_a_real_process():
+    """It computes with a model of the run's geometry, and goes on after one that raises."""
+    candidates = [("attention", "none such"), ("attention", "math")]
+    refused = refused_in_trial(RUN, candidates)
+    assert refused == {("attention", "none such"): "KeyError: 'none such'"}
+
+
+def test_what_ends_its_process_is_refused_alone(monkeypatch):
+    use_stand_in(monkeypatch)
+    candidates = [("a", "fine"), ("a", "abort"), ("b", "fine"), ("b", "abort"), ("c", "fine")]
+    reason = "in a trial the process ended with code 3: not on this card"
+    assert refused_in_trial(RUN, candidates) == {("a", "abort"): reason, ("b", "abort"): reason}
+
+
+def test_what_never_ends_is_refused(monkeypatch):
+    use_stand_in(monkeypatch, timeout=2.0)
+    refused = refused_in_trial(RUN, [("a", "fine"), ("a", "hang"), ("b", "fine")])
+    assert refused == {("a", "hang"): "in a trial there was no answer within 2 s"}
+
+
+def test_a_process_that_does_not_start_is_tried_once(monkeypatch):
+    use_stand_in(monkeypatch, "raise RuntimeError('no GPU left')")
+    refused = refused_in_trial(RUN, [("a", "fine"), ("b", "fine")])
+    reason = "in a trial the process ended with code 1: RuntimeError: no GPU left"
+    assert refused == {("a", "fine"): reason, ("b", "fine"): reason}
+
+
+def test_nothing_to_try_starts_nothing(monkeypatch):
+    monkeypatch.setattr(trial, "PROGRAM", None)
+    assert refused_in_trial(RUN, []) == {}
+
+
+class Sampler:
+    graphs = tuning = None
+
+
+@pytest.mark.skipif(extension.obstacle() is not None, reason="no other backend to choose")
+@pytest.mark.parametrize("verified", [True, False])
+def test_tuning_tries_what_is_not_verified(monkeypatch, tmp_path, verified):
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path))
+    op = nova_kernels.ops.denoise.OP if verified else Op("denoise", ("cpp",))
+    monkeypatch.setattr(choices, "DENOISE", op)
+    model = small_model()
+    tried = [(c.name, name) for c in choices_of(model, model.device) for name in c.unproven]
+    assert tried == ([] if verified else [("denoise", "cpp")])
+    use_stand_in(monkeypatch, STAND_IN.replace('"abort"', '"cpp"'))
+    run = TunedRun(model, RUN.schedule, RUN.guidance, RUN.set_sizes, RUN.batch_size)
+    record = tune_sampler(Sampler(), run)
+    (denoise,) = (entry for entry in record.measurements if entry.choice == "denoise")
+    if verified:
+        assert "cpp" in denoise.seconds and not denoise.refused
+    else:
+        assert denoise.chosen == "reference" and "code 3" in denoise.refused["cpp"]
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu():
+    run = TrialRun(**{**vars(RUN), "device": "cuda:0", "dtype": "float16", "cuda_graphs": True})
+    model = small_model().to("cuda", torch.float16)
+    candidates = [(c.name, name) for c in choices_of(model, model.device) for name in c.unproven]
+    assert refused_in_trial(run, candidates) == {}
