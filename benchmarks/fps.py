@@ -119,7 +119,7 @@ def main() -> int:
                 against=arguments.against,
             )
             try:
-                rows += measure(
+                measured = measure(
                     workload,
                     batch,
                     samplers,
@@ -132,15 +132,21 @@ def main() -> int:
                 )
             except NovaError as error:
                 parser.error(str(error))
+            except torch.OutOfMemoryError:
+                print("not enough memory", file=sys.stderr, flush=True)
+                measured = []
+            rows += measured
             # The graphs and their models, which would count as memory of the next samplers.
             del samplers
             free_memory(device)
             if arguments.json:  # what there is, in case that a later one does not end well
                 write_rows(arguments.json, "fps.py", facts, rows)
+    if not rows:
+        return 1
     print_tables(rows, facts)
     if arguments.plot:
         plot(arguments.plot, rows, f"Sampling on {facts['name']}, torch {facts['torch']}")
-    return 1 if any(row.get("refused", "").startswith("wrong") for row in rows) else 0
+    return 1 if any(row.get("refused", "").startswith(("wrong", "failed")) for row in rows) else 0
 
 
 if __name__ == "__main__":

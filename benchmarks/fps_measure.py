@@ -75,8 +75,8 @@ def run_samplers(
 ) -> tuple[dict[str, SamplerRuns], Tensor]:
     """All samplers of a run; also the plain one's latents.
 
-    The first run of each is the gate: a sampler whose latents differ, or for which there is not
-    enough memory, is not timed. Then they take turns.
+    The first run of each is the gate: a sampler that fails, as for lack of memory, or whose latents
+    differ is not timed. Then they take turns.
 
     Args:
         samplers: by name; the one that the others are compared with comes first.
@@ -95,10 +95,10 @@ def run_samplers(
         try:
             with runs.memory.run():
                 latents, runs.first_run_s, first_frame = timed_run(run, sampler, device)
-        except torch.OutOfMemoryError:
+        except Exception as error:  # whatever compilers, drivers and other packages raise
             if right is None:
                 raise
-            runs.refused = "not enough memory"
+            runs.refused = _reason(error)
             continue
         right = latents if right is None else right
         compared = slice(0, compared_frames)
@@ -119,6 +119,13 @@ def run_samplers(
         if seconds is not None and turn > 0 and time.perf_counter() - begin > seconds:
             break
     return seen, right
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "not enough memory"
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {first}"
 
 
 def warm_process(

@@ -44,12 +44,12 @@ step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/tes
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 100 batch1 --batch 1 --run-latents 2 --repeats 2
+fps 110 batch1 --batch 1 --run-latents 2 --repeats 2
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
 fps 75 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
-step 60 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
+step 55 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
-step 15 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
+step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # By name alone: whole videos with text encoder and VAE, and other backends of the ops.
 fps 600 video --batch 1 --repeats 2
 for backend in triton cuda; do

@@ -97,11 +97,17 @@ def greedy_sampler(model, conditioning, **options):
     raise torch.OutOfMemoryError("no memory")
 
 
+def broken_sampler(model, conditioning, **options):
+    raise RuntimeError("no C compiler\nfound")
+
+
 def test_what_is_wrong_is_not_timed():
     samplers = {PLAIN: generate_frames_plain, "wrong": wrong_sampler, "greedy": greedy_sampler}
+    samplers["broken"] = broken_sampler
     seen, _ = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4)
     assert seen["wrong"].refused.startswith("wrong: differs from plain by 1.0e-02")
     assert seen["greedy"].refused == "not enough memory"
+    assert seen["broken"].refused == "failed: RuntimeError: no C compiler"
     assert not seen["wrong"].latencies and not seen["greedy"].latencies
     assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
 
@@ -387,6 +393,23 @@ def test_command_fails_where_a_sampler_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
     monkeypatch.setattr("fps_samplers.generate_frames", wrong_sampler)
     monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+    assert fps.main() == 1
+
+
+def test_command_goes_on_where_memory_is_short(monkeypatch, capsys):
+    def plain(model, conditioning, **options):
+        if conditioning.batch_size > 1:
+            raise torch.OutOfMemoryError
+        return generate_frames_plain(model, conditioning, **options)
+
+    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr("fps_samplers.generate_frames_plain", plain)
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+    assert fps.main() == 0
+    said = capsys.readouterr()
+    assert "batch 2 ...\nnot enough memory" in said.err and "Stages of the exact" in said.out
+    monkeypatch.setattr(sys, "argv", [*command.replace(" 1 2 ", " 2 ").split(), "--device", "cpu"])
     assert fps.main() == 1
 
 
