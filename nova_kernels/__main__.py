@@ -45,11 +45,11 @@ def print_build() -> None:
 
 
 def print_ops() -> int:
-    from nova_kernels.reporting import report
+    from nova_kernels.reporting import each_report
 
     wrong = 0
     print("ops (forward and backward on small inputs, against the reference in float64):")
-    for entry in report():
+    for entry in each_report():
         if entry.obstacle is not None:
             state = f"not here: {entry.obstacle}"
         elif not entry.is_right:
@@ -60,7 +60,7 @@ def print_ops() -> int:
             if not entry.verified:
                 state += "; not verified on a GPU yet: runs only if asked for by name"
         default = "*" if entry.default else " "
-        print(f"  {default} {entry.op:24} {entry.backend:10} {state}")
+        print(f"  {default} {entry.op:24} {entry.backend:10} {state}", flush=True)
     print("* runs by default; an op's `backend`, or NOVA_KERNELS_BACKEND, chooses another")
     return 1 if wrong else 0
 

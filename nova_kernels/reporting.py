@@ -1,11 +1,18 @@
 """What is available, what runs by default, and whether it is right on this machine's GPU."""
 
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nova_kernels.self_check import TOLERANCES, SelfCheck, largest_error, self_checks
+from nova_kernels.dispatch import Op
+from nova_kernels.isolation import Ended, run_apart
+from nova_kernels.self_check import TOLERANCES, largest_error, self_checks
 
+PROGRAM = [sys.executable, "-m", "nova_kernels.check_process"]
+TIMEOUT_S = 180.0  # for an implementation, whose kernels may have to be compiled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,50 +45,86 @@ class ImplementationReport:
 
 
 def report(device: str | None = None, *, check: bool = True) -> list[ImplementationReport]:
-    """All implementations of all ops on a device.
-
-    Args:
-        device: None: the GPU, if there is one, else the CPU.
-        check: run every implementation that can run on small inputs, forward and backward, in all
-            dtypes, and compare it with its reference.
+    """All implementations of all ops on a device; arguments as those of `each_report`.
 
     Returns:
         A report for every op and implementation, the reference first.
     """
+    return list(each_report(device, check=check))
+
+
+def each_report(device: str | None = None, *, check: bool = True) -> Iterator[ImplementationReport]:
+    """What `report` returns, one by one as it is found out.
+
+    Args:
+        device: None: the GPU, if there is one, else the CPU.
+        check: run every implementation that can run on small inputs, forward and backward, in all
+            dtypes, and compare it with its reference. On a GPU that is done by another process
+            (`isolation.py`).
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    reports: dict[tuple[str, str], ImplementationReport] = {}
+    ops = {case.op.name: case.op for case in self_checks()}
+    entries = [
+        _describe(op, backend, device)
+        for op in ops.values()
+        for backend in ("reference", *op.implementations)
+    ]
+    checks = _checks([e for e in entries if e.obstacle is None], device) if check else None
+    for entry in entries:
+        if checks is not None and entry.obstacle is None:
+            entry.errors, entry.failure = next(checks)
+        yield entry
+
+
+def check_implementation(op: str, backend: str, device: str) -> tuple[dict[str, float], str | None]:
+    """Run an implementation of an op on small inputs.
+
+    Returns:
+        `errors` and `failure` of its `ImplementationReport`.
+    """
+    errors: dict[str, float] = {}
     for case in self_checks():
-        for backend in ("reference", *case.op.implementations):
-            key = case.op.name, backend
-            if key not in reports:
-                reports[key] = _describe(case, backend, device)
-            if check and reports[key].obstacle is None and reports[key].is_right:
-                _check(reports[key], case, device)
-    return list(reports.values())
+        if case.op.name != op:
+            continue
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            try:
+                error = largest_error(case, backend, device, dtype)
+            except Exception as problem:  # of compilers and drivers; it belongs in the report
+                return errors, f"{name}: {type(problem).__name__}: {problem}"
+            errors[name] = max(error, errors.get(name, 0.0))
+            if not error <= TOLERANCES[dtype]:
+                return errors, f"{name}: error {error:.1e}, allowed {TOLERANCES[dtype]:.0e}"
+    return errors, None
 
 
-def _describe(case: SelfCheck, backend: str, device: str) -> ImplementationReport:
+def _describe(op: Op, backend: str, device: str) -> ImplementationReport:
     sample = torch.empty(0, device=device)
     is_reference = backend == "reference"
     return ImplementationReport(
-        op=case.op.name,
+        op=op.name,
         backend=backend,
-        obstacle=None if is_reference else case.op.obstacle(backend, sample),
-        verified=is_reference or backend in case.op.verified,
-        default=case.op.choose("auto", sample) == backend,
+        obstacle=None if is_reference else op.obstacle(backend, sample),
+        verified=is_reference or backend in op.verified,
+        default=op.choose("auto", sample) == backend,
         errors={},
     )
 
 
-def _check(entry: ImplementationReport, case: SelfCheck, device: str) -> None:
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        try:
-            error = largest_error(case, entry.backend, device, dtype)
-        except Exception as problem:  # whatever a compiler or driver raises belongs in the report
-            entry.failure = f"{name}: {type(problem).__name__}: {problem}"
-            return
-        entry.errors[name] = max(error, entry.errors.get(name, 0.0))
-        if not error <= TOLERANCES[dtype]:
-            entry.failure = f"{name}: error {error:.1e}, allowed {TOLERANCES[dtype]:.0e}"
-            return
+def _checks(
+    entries: list[ImplementationReport], device: str
+) -> Iterator[tuple[dict[str, float], str | None]]:
+    implementations = [(entry.op, entry.backend) for entry in entries]
+    if not _is_gpu(device):
+        yield from (check_implementation(*names, device) for names in implementations)
+        return
+
+    def input_for(left: Sequence[tuple[str, str]]) -> str:
+        return json.dumps({"device": device, "implementations": left})
+
+    for _, answer in run_apart(PROGRAM, input_for, implementations, TIMEOUT_S):
+        yield ({}, answer.reason) if isinstance(answer, Ended) else answer
+
+
+def _is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"

@@ -43,6 +43,23 @@ def test_report_finds_a_wrong_op(monkeypatch):
     assert not entry.is_right and "float32: error" in entry.failure
 
 
+def test_checks_in_another_process(monkeypatch):
+    """As on a GPU."""
+    meant = [("scale_shift", "reference"), ("scale_shift", "none such"), ("rope3d", "reference")]
+    entries = [
+        reporting.ImplementationReport(*names, None, False, False, errors={}) for names in meant
+    ]
+    monkeypatch.setattr(reporting, "TIMEOUT_S", 60.0)
+    monkeypatch.setattr(reporting, "_is_gpu", lambda device: True)
+    right, unknown, other = reporting._checks(entries, "cpu")
+    for errors, failure in (right, other):
+        assert failure is None and errors.keys() == {"float32", "float16", "bfloat16"}
+    assert "none such" in unknown[1]
+    monkeypatch.setattr(reporting, "PROGRAM", [sys.executable, "-c", "raise OSError('no card')"])
+    (checked,) = reporting._checks(entries[:1], "cpu")
+    assert checked == ({}, "its process ended with code 1: OSError: no card")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on a GPU")
 def test_command_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,13 +1,12 @@
 """The process that `trial.py` starts: it runs candidates one by one, and says how they did."""
 
-import json
-import os
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+
+from nova_kernels.isolation import answers_to_parent
 
 from ..graph_recording import CUDARecorder
 from ..model import NOVATransformer
@@ -18,15 +17,9 @@ from .trial import TrialRun
 
 
 def main() -> None:
-    """Read a `TrialRun` and its candidates, and write a line of JSON for each."""
+    """Read a `TrialRun` and its candidates, and answer with the reason to refuse each, or None."""
     run, candidates = TrialRun.from_json(sys.stdin.read())
-    # What else writes, such as a compiler, goes where errors go.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(answer: list[Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
+    say = answers_to_parent()
     device = torch.device(run.device)
     torch.manual_seed(0)
     with device:
@@ -37,14 +30,14 @@ def main() -> None:
     with torch.inference_mode():
         for stage in Stage:
             step.run(stage)
-    say([])
+    say("started")
     recorder = CUDARecorder() if run.cuda_graphs else None
     for name, candidate in candidates:
         choice = choices[name]
         pair = replace(choice, candidates=(choice.candidates[0], candidate))
         found = measure(pair, partial(step.run, choice.stage), device, record=recorder)
         choice.undo()
-        say([name, candidate, found.refused.get(candidate)])
+        say(found.refused.get(candidate))
 
 
 if __name__ == "__main__":
