@@ -1,16 +1,18 @@
 """Compare this package with recorded outputs of the reference.
 
     python benchmarks/parity.py tests/data/golden
+    python benchmarks/parity.py tests/data/golden --device cuda --backend triton
 
 Runs every case below the folder (case.json + vectors.safetensors, weights beside them) in float32
-on the CPU and prints the relative error of each recorded output. Exits with 1 if one exceeds 1e-4,
-or if a case cannot be run.
+and prints the largest relative error of its recorded outputs. Exits with 1 if one exceeds 1e-4, or
+if a case cannot be run.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 from nova.checkpoint import load_strict
 from nova.conditioning import Conditioning
 from nova.config import ModelConfig
-from nova.errors import NovaError
+from nova.devices import check_device
+from nova.errors import DeviceError, NovaError
 from nova.guidance import Guidance
 from nova.model import DEFAULT_FPS, DEFAULT_MOTION_FLOW, NULL_CLASS, NOVATransformer
 from nova.noise import NoiseSource
@@ -30,6 +33,8 @@ from nova.objective import TrainingDraws, training_losses
 from nova.sampling import generate_frames
 from nova.schedule import scheduler_from_dict, set_sizes
 from nova.vae import CausalVideoVAE, VAEConfig
+from nova_kernels.dispatch import BACKENDS
+from nova_kernels.errors import BackendError
 
 TOLERANCE = 1e-4
 # Options of a recorded call that this script passes on; any other makes a case unsupported.
@@ -58,10 +63,23 @@ class Unsupported(Exception):
     """A case of a kind, or with an option, that this script does not know."""
 
 
-def load_model(case: Case, weights: Path) -> NOVATransformer:
+@dataclass(frozen=True)
+class Place:
+    """Where and by what cases are computed.
+
+    Attributes:
+        backend: of the ops, see `nova_kernels.dispatch`.
+    """
+
+    device: torch.device = torch.device("cpu")
+    backend: str = "auto"
+
+
+def load_model(case: Case, weights: Path, place: Place = Place()) -> NOVATransformer:
     model = NOVATransformer(ModelConfig.from_dict(case["config"]))
     _load(model, weights)
-    return model
+    model.set_backend(place.backend)
+    return model.to(place.device)
 
 
 def _load(module: nn.Module, weights: Path) -> None:
@@ -69,14 +87,18 @@ def _load(module: nn.Module, weights: Path) -> None:
 
 
 def sampling_outputs(
-    case: Case, vectors: Vectors, weights: Path, sampler: Callable = generate_frames
+    case: Case,
+    vectors: Vectors,
+    weights: Path,
+    place: Place = Place(),
+    sampler: Callable = generate_frames,
 ) -> Vectors:
     """Run a recorded sampling call; `sampler` may be `generate_frames_plain`."""
     call = case["call"]
     unknown = set(call) - set(GUIDANCE_OPTIONS) - OTHER_OPTIONS
     if unknown:
         raise Unsupported(f"options {sorted(unknown)}")
-    model = load_model(case, weights).requires_grad_(False)
+    model = load_model(case, weights, place).requires_grad_(False)
     guidance = Guidance(
         **{name: call[key] for key, name in GUIDANCE_OPTIONS.items() if key in call}
     )
@@ -112,9 +134,11 @@ def sampling_outputs(
     return {"out.latents": new if given is None else torch.cat([given, new], dim=2)}
 
 
-def training_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
+def training_outputs(
+    case: Case, vectors: Vectors, weights: Path, place: Place = Place()
+) -> Vectors:
     """Losses and gradients of a recorded training step."""
-    model = load_model(case, weights)
+    model = load_model(case, weights, place)
     conditioning = Conditioning.from_text(
         model,
         vectors["in.prompt_embeds"],
@@ -145,10 +169,11 @@ def training_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
 
 
 @torch.no_grad()
-def vae_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
+def vae_outputs(case: Case, vectors: Vectors, weights: Path, place: Place = Place()) -> Vectors:
     """Encode and decode what was recorded."""
     vae = CausalVideoVAE(VAEConfig.from_dict(case["config"])).eval()
     _load(vae, weights)
+    vae.to(place.device)
     outputs = {}
     for key, x in vectors.items():
         name = key.removeprefix("in.")
@@ -160,21 +185,21 @@ def vae_outputs(case: Case, vectors: Vectors, weights: Path) -> Vectors:
     return outputs
 
 
-def run_case(folder: Path) -> dict[str, float]:
+def run_case(folder: Path, place: Place = Place()) -> dict[str, float]:
     """Relative error of every recorded output of a case.
 
     Raises:
         Unsupported, NovaError: the case cannot be run.
     """
     case = json.loads((folder / "case.json").read_text())
-    vectors = load_file(folder / "vectors.safetensors")
+    vectors = load_file(folder / "vectors.safetensors", device=str(place.device))
     weights = folder.parent / case.get("weights", f"weights/{folder.name}.safetensors")
     if "call" in case:
-        outputs = sampling_outputs(case, vectors, weights)
+        outputs = sampling_outputs(case, vectors, weights, place)
     elif "losses" in case:
-        outputs = training_outputs(case, vectors, weights)
+        outputs = training_outputs(case, vectors, weights, place)
     elif "down_block_types" in case.get("config", {}):
-        outputs = vae_outputs(case, vectors, weights)
+        outputs = vae_outputs(case, vectors, weights, place)
     else:
         raise Unsupported("neither a sampling, a training, nor a VAE case")
     recorded = [key for key in vectors if key.startswith(("out.", "grad."))]
@@ -189,15 +214,23 @@ def run_case(folder: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of the ops")
     arguments = parser.parse_args()
+    try:
+        place = Place(check_device(arguments.device), arguments.backend)
+    except DeviceError as error:
+        parser.error(str(error))
+    # Convolutions would round what they read, unlike the recorded ones.
+    torch.backends.cudnn.allow_tf32 = False
     cases = sorted(path.parent for path in arguments.folder.glob("*/case.json"))
     if not cases:
         parser.error(f"{arguments.folder} has no cases (folders with a case.json)")
     failed = 0
     for folder in cases:
         try:
-            errors = run_case(folder)
-        except (Unsupported, NovaError, OSError, KeyError) as error:
+            errors = run_case(folder, place)
+        except (Unsupported, NovaError, BackendError, OSError, KeyError) as error:
             print(f"{folder.name:30} NOT SUPPORTED: {type(error).__name__}: {error}")
             failed += 1
             continue

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import TOLERANCE, load_model, run_case, sampling_outputs
+from kernel_testing import DEVICE, needs_triton
+from parity import TOLERANCE, Place, load_model, run_case, sampling_outputs
 from safetensors.torch import load_file
 
 from nova.config import ModelConfig
 from nova.plain_sampling import generate_frames_plain
+from nova_kernels.cuda_kernels import extension
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = sorted(path.parent for path in GOLDEN.glob("*/case.json"))
@@ -30,10 +32,30 @@ def test_plain_sampler_equals_the_reference(folder):
 
     case = json.loads((folder / "case.json").read_text())
     vectors = load_file(folder / "vectors.safetensors")
-    outputs = sampling_outputs(case, vectors, GOLDEN / case["weights"], generate_frames_plain)
+    weights = GOLDEN / case["weights"]
+    outputs = sampling_outputs(case, vectors, weights, sampler=generate_frames_plain)
     torch.testing.assert_close(
         outputs["out.latents"], vectors["out.latents"], rtol=1e-3, atol=1e-4 * case["latents_std"]
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["c2i_min_guidance", "t2v_flow_nocfg", "train_t2v"])
+def test_kernels_equal_the_reference(name):
+    """Whole models by the Triton kernels. The command runs the other cases too, in minutes here."""
+    errors = run_case(GOLDEN / name, Place(torch.device(DEVICE), "triton"))
+    assert errors and max(errors.values()) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+def test_a_gpu_equals_the_reference(folder, backend, monkeypatch):
+    if backend == "cuda" and extension.obstacle() is not None:
+        pytest.skip(extension.obstacle())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    errors = run_case(folder, Place(torch.device("cuda"), backend))
+    assert errors and max(errors.values()) < TOLERANCE
 
 
 def test_a_wrong_activation_is_noticed(monkeypatch):
