@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--run-latents",
         type=int,
-        help="run only so many latent frames; frames per second count them as their share",
+        help="run only so many latent frames, which count as their share of a video; default: all, "
+        "of released geometries as many as the plain sampler makes in 30 seconds",
     )
     add("--sets", type=int, help="run only so many sets of the first frame")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
     add("--text", action=switch, help="time the text encoder too; default: on a GPU")
-    add("--vae", action=switch, help="decode too, whole videos; default: on a GPU")
+    add("--vae", action=switch, help="decode too; default: on a GPU")
     add("--stages", action=switch, default=True, help="measure stages in a run of their own")
     add("--repeats", type=int, help="timed runs of each sampler")
     add(
@@ -129,6 +130,7 @@ def main() -> int:
                     backend=arguments.backend,
                     stages=arguments.stages,
                     seconds=seconds,
+                    say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
                 )
             except NovaError as error:
                 parser.error(str(error))

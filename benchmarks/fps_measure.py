@@ -72,8 +72,9 @@ def run_samplers(
     compared_frames: int | None = None,
     warm_up: bool = True,
     seconds: float | None = None,
-) -> tuple[dict[str, SamplerRuns], Tensor]:
-    """All samplers of a run; also the plain one's latents.
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, SamplerRuns]:
+    """All samplers of a run.
 
     The first run of each is the gate: a sampler that fails, as for lack of memory, or whose latents
     differ is not timed. Then they take turns.
@@ -85,6 +86,7 @@ def run_samplers(
         warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
             that compile or record in it.
         seconds: no third or later turn begins after so many.
+        say: is told what was run.
     """
     begin = time.perf_counter()
     seen: dict[str, SamplerRuns] = {}
@@ -99,7 +101,9 @@ def run_samplers(
             if right is None:
                 raise
             runs.refused = _reason(error)
+            say(f"{name}: {runs.refused}")
             continue
+        say(f"{name}: first run {runs.first_run_s:.3g} s")
         right = latents if right is None else right
         compared = slice(0, compared_frames)
         runs.error = relative_error(latents[:, :, compared], right[:, :, compared])
@@ -109,16 +113,22 @@ def run_samplers(
             runs.latencies.append(runs.first_run_s)
             runs.first_frames.append(first_frame)
     for turn in range(repeats):
-        for name, runs in seen.items():
-            if runs.refused is not None or len(runs.latencies) == repeats:
-                continue
+        timed = [
+            (name, runs)
+            for name, runs in seen.items()
+            if runs.refused is None and len(runs.latencies) < repeats
+        ]
+        for name, runs in timed:
             with runs.memory.run():
                 _, latency, first_frame = timed_run(run, samplers[name], device)
             runs.latencies.append(latency)
             runs.first_frames.append(first_frame)
+        if timed:
+            times = ", ".join(f"{name} {runs.latencies[-1]:.3g} s" for name, runs in timed)
+            say(f"turn {turn + 1} of at most {repeats}: {times}")
         if seconds is not None and turn > 0 and time.perf_counter() - begin > seconds:
             break
-    return seen, right
+    return seen
 
 
 def _reason(error: Exception) -> str:
@@ -126,6 +136,18 @@ def _reason(error: Exception) -> str:
         return "not enough memory"
     first, *_ = str(error).strip().splitlines() or [""]
     return f"failed: {type(error).__name__}: {first}"
+
+
+def fitting_frames(
+    run: RandomModelRun, sampler: Callable, device: torch.device, seconds: float
+) -> int:
+    """How many latent frames a sampler makes in so many seconds, at least one.
+
+    The run is left at its first frame, which is measured.
+    """
+    run.shorten(1)
+    _, latency, _ = timed_run(run, sampler, device)
+    return max(1, int(seconds / latency))
 
 
 def warm_process(
@@ -149,13 +171,14 @@ def measure(
     backend: str = "auto",
     stages: bool = True,
     seconds: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Rows of all samplers for one workload and batch size.
 
     Args:
         ceilings: of this machine.
         stages: also a run of the exact sampler with a clock for each stage.
-        seconds: see `run_samplers`.
+        seconds, say: see `run_samplers`.
     """
     run = RandomModelRun(
         workload.geometry,
@@ -172,7 +195,11 @@ def measure(
     )
     if not workload.warm_up:
         warm_process(samplers, device, dtype, backend)
-    seen, latents = run_samplers(
+    if workload.run_seconds is not None and not workload.is_part:
+        fitting = fitting_frames(run, samplers[PLAIN], device, workload.run_seconds)
+        run.shorten(min(fitting, workload.num_frames))
+        say(f"{run.sets_run} of {run.sets_of_video} sets are run")
+    seen = run_samplers(
         run,
         samplers,
         device,
@@ -181,6 +208,7 @@ def measure(
         compared_frames=workload.compared_frames,
         warm_up=workload.warm_up,
         seconds=seconds,
+        say=say,
     )
     text_s = vae_s = None
     if workload.text is not None:
@@ -195,7 +223,10 @@ def measure(
         del encoder
     if workload.vae is not None:
         vae = make_vae(workload.vae, device, dtype, workload.checkpoint)
-        vae_s = decode_seconds(vae, latents, device, workload.repeats)
+        channels, *size = run.config.latent_shape
+        clip = torch.randn(1, channels, workload.num_frames, *size, device=device, dtype=dtype)
+        # Pipelines decode one video at a time.
+        vae_s = batch * decode_seconds(vae, clip, device, workload.repeats)
         del vae
     work = run.work().values()
     shared = {
@@ -220,7 +251,8 @@ def measure(
         "floor_s": ceilings.floor_seconds(work),
     }
     plain_s = statistics.median(seen[PLAIN].latencies)
-    frames = batch * workload.pixel_frames * run.sets_run / run.sets_of_video
+    share = run.sets_run / run.sets_of_video
+    frames = batch * workload.pixel_frames * share
     rows = [
         {
             "sampler": name,
@@ -234,7 +266,11 @@ def measure(
         tuned["chosen"] = samplers[TUNED].chosen
     if stages and seen[EXACT].refused is None:
         exact = next(row for row in rows if row["sampler"] == EXACT)
-        stages_s = {TEXT: text_s, **stage_seconds(run, device), VAE: vae_s}
+        # Of a part of a video the text encoder and the VAE count as much as it is.
+        around = {
+            name: None if s is None else share * s for name, s in ((TEXT, text_s), (VAE, vae_s))
+        }
+        stages_s = {TEXT: around[TEXT], **stage_seconds(run, device), VAE: around[VAE]}
         exact["stages_s"] = {name: s for name, s in stages_s.items() if s is not None}
     return rows
 
@@ -245,6 +281,7 @@ def _figures(
     if runs.refused is not None:
         return {"refused": runs.refused}
     latency, vae_s = statistics.median(runs.latencies), shared["vae_s"]
+    share = shared["sets_run"] / shared["sets_of_video"]
     return {
         "latency_s": latency,
         "latencies_s": runs.latencies,
@@ -252,7 +289,7 @@ def _figures(
         "first_frame_s": statistics.median(runs.first_frames) if has_frames else None,
         "first_run_s": runs.first_run_s,
         "fps": frames / latency,
-        "fps_with_vae": None if vae_s is None else frames / (latency + vae_s),
+        "fps_with_vae": None if vae_s is None else frames / (latency + share * vae_s),
         "ratio_to_plain": plain_s / latency,
         "share_of_floor": shared["floor_s"] / latency,
         "max_error_vs_plain": runs.error,

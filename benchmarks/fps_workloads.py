@@ -24,7 +24,9 @@ class Workload:
     Attributes:
         geometry: a name of `nova.config.NAMED_CONFIGS`, or of a checkpoint.
         num_sets: run only so many sets of one frame; None: all.
-        run_frames: run only so many latent frames; None: all.
+        run_frames: run only so many latent frames; None: all, or as `run_seconds` says.
+        run_seconds: run as many latent frames as the plain sampler makes in so many seconds, at
+            least one; None: all.
         batches: batch sizes.
         repeats: timed runs of each sampler.
         warm_up: whether a run of each sampler goes before the timed ones.
@@ -39,6 +41,7 @@ class Workload:
     num_diffusion_steps: int
     num_sets: int | None = None
     run_frames: int | None = None
+    run_seconds: float | None = None
     batches: tuple[int, ...] = (1, 4)
     repeats: int = 3
     warm_up: bool = True
@@ -53,7 +56,7 @@ class Workload:
 
     @property
     def is_part(self) -> bool:
-        """Whether only a part of a video is run."""
+        """Whether only a part of a video is asked for."""
         return self.num_sets is not None or self.run_frames is not None
 
     @property
@@ -77,12 +80,15 @@ PART_OF_RELEASED = Workload(
     batches=(1,),
     repeats=1,
     warm_up=False,
+    text=PHI_2,
+    vae="osp",
 )
 RELEASED = Workload(
     RELEASED_VIDEO,
     TRAINED_FRAMES,
     64,
     num_diffusion_steps=25,
+    run_seconds=30.0,
     batches=(1, 4, 24),
     text=PHI_2,
     vae="osp",
@@ -108,7 +114,7 @@ def choose_workloads(
         geometries: these alone; any names of `nova.config.NAMED_CONFIGS`.
         model: this one alone: a checkpoint's folder, hub id or "shapes".
         text, vae: time the text encoder, decode as well; None: on a GPU, wherever there is one and
-            a whole video is sampled.
+            no part of a video was asked for.
         numbers: num_steps, num_diffusion_steps, num_sets, run_frames, repeats; None: as the
             workload has it.
 
@@ -170,6 +176,7 @@ def _of_checkpoint(folder: Path) -> Workload:
         min(TRAINED_FRAMES, config.time_base),
         64,
         num_diffusion_steps=25,
+        run_seconds=RELEASED.run_seconds,
         text="checkpoint" if (folder / "text_encoder").is_dir() else None,
         vae="checkpoint" if (folder / "vae").is_dir() else None,
         checkpoint=folder,
@@ -178,12 +185,8 @@ def _of_checkpoint(folder: Path) -> Workload:
 
 def _with_part(workload: Workload, part: str, is_wanted: bool | None, device_type: str) -> Workload:
     """The workload without the text encoder or VAE where it is not to be timed, or cannot be."""
-    obstacle = None
-    if workload.is_part:
-        obstacle = "only a part of a video is sampled"
-    elif getattr(workload, part) is None:
-        obstacle = "none is known for this model"
-    if is_wanted and obstacle is not None:
-        raise InputError(f"{workload.geometry}: {obstacle}; leave --{part} out")
-    is_timed = device_type == "cuda" if is_wanted is None else is_wanted
-    return workload if is_timed and obstacle is None else replace(workload, **{part: None})
+    if is_wanted and getattr(workload, part) is None:
+        raise InputError(f"{workload.geometry}: none is known for this model; leave --{part} out")
+    by_default = device_type == "cuda" and not workload.is_part
+    is_timed = by_default if is_wanted is None else is_wanted
+    return workload if is_timed else replace(workload, **{part: None})

@@ -75,12 +75,17 @@ class RandomModelRun:
         self.sets_of_video = len(sizes) * num_frames
         if num_sets is not None:
             run_frames, sizes = 1, sizes[:num_sets]
-        self._num_frames, self._set_sizes = min(run_frames or num_frames, num_frames), sizes
-        self.sets_run = len(sizes) * self._num_frames
+        self._set_sizes = sizes
+        self.shorten(min(run_frames or num_frames, num_frames))
 
     @property
     def batch(self) -> int:
         return self._conditioning.batch_size
+
+    def shorten(self, num_frames: int) -> None:
+        """Run only so many latent frames from now on."""
+        self._num_frames = num_frames
+        self.sets_run = len(self._set_sizes) * num_frames
 
     @torch.no_grad()
     def condition(self, embeddings: list[Tensor]) -> Conditioning:
