@@ -51,7 +51,7 @@ step 55 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
 step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # By name alone: whole videos with text encoder and VAE, and other backends of the ops.
-fps 600 video --batch 1 --repeats 2
+fps 600 video --batch 1 --run-latents 9 --text --vae --repeats 2
 for backend in triton cuda; do
     fps 90 "$backend" --batch 1 --run-latents 2 --repeats 2 --no-compile --backend "$backend"
 done
