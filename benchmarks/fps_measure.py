@@ -19,6 +19,8 @@ from random_model import RandomModelRun
 from torch import Tensor
 from work_counts import TEXT, VAE, total
 
+from nova_kernels.errors import in_a_line
+
 # Outputs of all samplers must agree with plain's to this relative error.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -119,12 +121,20 @@ def run_samplers(
             if runs.refused is None and len(runs.latencies) < repeats
         ]
         for name, runs in timed:
-            with runs.memory.run():
-                _, latency, first_frame = timed_run(run, samplers[name], device)
+            try:
+                with runs.memory.run():
+                    _, latency, first_frame = timed_run(run, samplers[name], device)
+            except Exception as error:
+                if name == PLAIN:  # which all the others are compared with
+                    raise
+                runs.refused = _reason(error)
+                continue
             runs.latencies.append(latency)
             runs.first_frames.append(first_frame)
         if timed:
-            times = ", ".join(f"{name} {runs.latencies[-1]:.3g} s" for name, runs in timed)
+            times = ", ".join(
+                f"{name} {runs.refused or f'{runs.latencies[-1]:.3g} s'}" for name, runs in timed
+            )
             say(f"turn {turn + 1} of at most {repeats}: {times}")
         if seconds is not None and turn > 0 and time.perf_counter() - begin > seconds:
             break
@@ -134,8 +144,7 @@ def run_samplers(
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "not enough memory"
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {first}"
+    return f"failed: {in_a_line(error)}"
 
 
 def fitting_frames(

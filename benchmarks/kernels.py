@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nova.attention_libraries import flash_attn_version
-from nova_kernels.errors import BackendError
+from nova_kernels.errors import BackendError, in_a_line
 
 BACKENDS = ("reference", "triton", "cuda")
 DIRECTIONS = ("forward", "backward")
@@ -127,8 +127,7 @@ def gate(
             continue
         except Exception as error:  # whatever compilers and libraries raise on some card
             verdict = "wrong" if name in BACKENDS else "failed"
-            line, *_ = str(error).splitlines() or [""]
-            refused[name] = f"{verdict}: {type(error).__name__}: {line}"
+            refused[name] = f"{verdict}: {in_a_line(error)}"
             continue
         for result, plain, right in zip(results, by_torch, exact, strict=True):
             error, of_torch = relative_error(result, right), relative_error(plain, right)

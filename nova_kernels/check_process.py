@@ -16,7 +16,9 @@ def main() -> None:
     torch.zeros(1, device=given["device"])
     say("started")
     for op, backend in given["implementations"]:
-        say(check_implementation(op, backend, given["device"]))
+        errors, failure = check_implementation(op, backend, given["device"])
+        # After some errors of a GPU nothing else goes well in the same process.
+        say([errors, failure], last=failure is not None)
 
 
 if __name__ == "__main__":

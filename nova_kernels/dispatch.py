@@ -62,7 +62,8 @@ class Op:
             return next((name for name in self.usable(*tensors)), "reference")
         reason = self.obstacle(named, *tensors)
         if reason is not None:
-            raise BackendError(f"{self.name}: backend {named!r} cannot run: {reason}")
+            asked = f" ({VARIABLE} asks for it)" if backend == "auto" else ""
+            raise BackendError(f"{self.name}: backend {named!r} cannot run: {reason}{asked}")
         return named
 
     def usable(self, *tensors: Tensor) -> list[str]:

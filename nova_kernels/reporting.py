@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nova_kernels.dispatch import Op
+from nova_kernels.errors import BackendError, in_a_line
 from nova_kernels.isolation import Ended, run_apart
 from nova_kernels.self_check import TOLERANCES, largest_error, self_checks
 
@@ -63,6 +64,7 @@ def each_report(device: str | None = None, *, check: bool = True) -> Iterator[Im
             (`isolation.py`).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(torch.empty(0, device=device).device)  # with its number
     ops = {case.op.name: case.op for case in self_checks()}
     entries = [
         _describe(op, backend, device)
@@ -91,7 +93,7 @@ def check_implementation(op: str, backend: str, device: str) -> tuple[dict[str, 
             try:
                 error = largest_error(case, backend, device, dtype)
             except Exception as problem:  # of compilers and drivers; it belongs in the report
-                return errors, f"{name}: {type(problem).__name__}: {problem}"
+                return errors, f"{name}: {in_a_line(problem)}"
             errors[name] = max(error, errors.get(name, 0.0))
             if not error <= TOLERANCES[dtype]:
                 return errors, f"{name}: error {error:.1e}, allowed {TOLERANCES[dtype]:.0e}"
@@ -106,9 +108,17 @@ def _describe(op: Op, backend: str, device: str) -> ImplementationReport:
         backend=backend,
         obstacle=None if is_reference else op.obstacle(backend, sample),
         verified=is_reference or backend in op.verified,
-        default=op.choose("auto", sample) == backend,
+        default=_default(op, sample) == backend,
         errors={},
     )
+
+
+def _default(op: Op, sample: torch.Tensor) -> str | None:
+    """What runs without a name; None where that is an error, as the environment may ask for."""
+    try:
+        return op.choose("auto", sample)
+    except BackendError:
+        return None
 
 
 def _checks(

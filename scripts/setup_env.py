@@ -83,6 +83,7 @@ def wanted_state():
     digest = hashlib.sha256()
     for name in ("TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS", "NOVA_CPP"):
         digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    digest.update(f"{torch_build()}\n".encode())  # a GPU or a driver may be new
     sources = ["pyproject.toml", "setup.py", "CMakeLists.txt", "scripts/setup_env.py"]
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
     for name in sources:
@@ -170,6 +171,15 @@ def torch_build():
     return BUILD_FOR_OLDER_DRIVERS if is_old else ""
 
 
+def runs_here(present, build):
+    """Whether a build of torch that is installed will do where `build` is wanted."""
+    if build == "cpu":
+        return True
+    if build == BUILD_FOR_OLDER_DRIVERS:
+        return present.startswith("cu12")
+    return present != "cpu"
+
+
 def installed_torch():
     """Version of torch in .venv, or an empty string."""
     code = "import importlib.metadata as metadata; print(metadata.version('torch'))"
@@ -181,10 +191,11 @@ def install_torch():
     """Installs torch: a build for the NVIDIA driver, or the small CPU build where there is none."""
     wanted = os.environ.get("TORCH") or TESTED_TORCH
     version, _, label = wanted.partition("+")
-    present = installed_torch()
-    if present == wanted or (not label and present.partition("+")[0] == version):
-        return
     build = label or torch_build()
+    present_version, _, present_build = installed_torch().partition("+")
+    fits = present_build == label if label else runs_here(present_build, build)
+    if present_version == version and fits:
+        return
     if build:
         say(f"installing torch {version}, build {build}")
         if install_torch_build(f"torch=={version}+{build}", TORCH_INDEX.format(build)):
@@ -194,7 +205,9 @@ def install_torch():
         say("no such build within reach: taking PyPI's, with CUDA 13, a large download")
     else:
         say(f"installing torch {version}")
-    if not pip_install(f"torch=={version}"):
+    # For pip the CPU build of the same version would do.
+    again = ["--force-reinstall"] if present_build == "cpu" else []
+    if not pip_install(*again, f"torch=={version}"):
         stop(f"torch {version} could not be installed")
 
 

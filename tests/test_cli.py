@@ -483,17 +483,18 @@ def test_doctor_names_the_command_for_what_is_missing():
 @pytest.mark.parametrize(
     "driver, build, advice",
     [
-        ("550.54.15", "13.0", "driver 550.54.15 is too old for CUDA 13.0, which needs 580"),
+        ("550.54.15", "13.0", "550.54.15 is too old for torch with CUDA 13.0, which needs 580"),
         ("550.54.15", "13.0", "whl/cu126"),
         ("470.82", "13.0", "update it"),
         ("580.65.06", "13.0", "CUDA_VISIBLE_DEVICES"),
-        ("580.65.06", None, "this one is a CPU build"),
+        ("580.65.06", None, "torch is a CPU build; pip install --force-reinstall torch"),
+        ("550.54.15", None, "torch is a CPU build; pip install --force-reinstall torch"),
     ],
 )
 def test_doctor_knows_why_torch_sees_no_gpu(driver, build, advice):
     report = doctor.examine() | {"driver": driver, "gpus": []}
     report["torch"]["cuda_build"] = build
-    text = doctor.missing(report)["another torch"]
+    text = doctor.missing(report)["GPU in torch"]
     assert advice in text and ("cu126" in text) == (driver.startswith("550"))
     assert ("GPU", f"none is visible to torch; the driver is {driver}") in doctor._rows(report)
 

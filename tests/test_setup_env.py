@@ -34,6 +34,23 @@ def test_the_driver_without_nvidia_smi(monkeypatch):
     assert setup_env.nvidia_driver() is None
 
 
+@pytest.mark.parametrize(
+    "present, build, will_do",
+    [
+        ("", "cpu", True),
+        ("cu130", "cpu", True),
+        ("cpu", "", False),
+        ("", "", True),
+        ("cu130", "", True),
+        ("cpu", "cu126", False),
+        ("", "cu126", False),
+        ("cu128", "cu126", True),
+    ],
+)
+def test_an_installed_build_is_kept_where_it_runs(present, build, will_do):
+    assert setup_env.runs_here(present, build) == will_do
+
+
 def test_macos_takes_pypi(monkeypatch):
     monkeypatch.setattr(setup_env.sys, "platform", "darwin")
     assert setup_env.torch_build() == ""

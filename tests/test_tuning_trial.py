@@ -11,7 +11,8 @@ from nova.guidance import Guidance
 from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
 from nova.tuning import choices, trial
 from nova.tuning.choices import choices_of
-from nova.tuning.trial import TrialRun, refused_in_trial
+from nova.tuning.record import Measurement
+from nova.tuning.trial import TrialRun, try_apart
 from nova.tuning.tuner import TunedRun, tune_sampler
 from nova_kernels.cpp_kernels import extension
 from nova_kernels.dispatch import Op
@@ -40,6 +41,10 @@ for _, name in run["candidates"]:
 """
 
 
+class Sampler:
+    graphs = tuning = None
+
+
 def use_stand_in(monkeypatch):
     monkeypatch.setattr(trial, "PROGRAM", [sys.executable, "-c", STAND_IN])
 
@@ -54,18 +59,28 @@ def test_a_run_crosses_over(schedule):
 def test_a_real_process():
     """It computes with a model of the run's geometry, and goes on after one that raises."""
     candidates = [("attention", "none such"), ("attention", "math")]
-    refused = refused_in_trial(RUN, candidates)
-    assert refused == {("attention", "none such"): "KeyError: 'none such'"}
+    result = try_apart(RUN, candidates)
+    assert result.is_complete
+    assert result.refused == {("attention", "none such"): "KeyError: 'none such'"}
+
+
+def test_lack_of_memory_is_not_remembered(monkeypatch, tmp_path):
+    def choose(choice, *_, refused, **__):
+        first = choice.candidates[0]
+        return Measurement(choice.name, first, {first: 1.0}, {"other": "OutOfMemoryError: none"})
+
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path))
+    monkeypatch.setattr("nova.tuning.tuner.measure", choose)
+    tune_sampler(Sampler(), TunedRun(small_model(), RUN.schedule, RUN.guidance, [16], 1))
+    assert not any(tmp_path.rglob("*.json"))
 
 
 def test_a_candidate_that_takes_its_process_along_is_refused(monkeypatch):
     use_stand_in(monkeypatch)
-    refused = refused_in_trial(RUN, [("denoise", "triton"), ("denoise", "cpp")])
-    assert refused == {("denoise", "cpp"): "in a trial its process ended with code 3"}
-
-
-class Sampler:
-    graphs = tuning = None
+    result = try_apart(RUN, [("denoise", "triton"), ("denoise", "cpp")])
+    reason = "in a trial its process ended with code 3"
+    assert result.refused == {("denoise", "cpp"): reason} and not result.is_complete
+    assert result.refused_of("denoise") == {"cpp": reason} and not result.refused_of("attention")
 
 
 @pytest.mark.skipif(extension.obstacle() is not None, reason="no other backend to choose")
@@ -85,6 +100,8 @@ def test_tuning_tries_what_is_not_verified(monkeypatch, tmp_path, verified):
         assert "cpp" in denoise.seconds and not denoise.refused
     else:
         assert denoise.chosen == "reference" and "code 3" in denoise.refused["cpp"]
+    # What ended its process may go well the next time.
+    assert any(tmp_path.rglob("*.json")) == verified
 
 
 @pytest.mark.gpu
@@ -92,4 +109,4 @@ def test_kernels_on_a_gpu():
     run = TrialRun(**{**vars(RUN), "device": "cuda:0", "dtype": "float16", "cuda_graphs": True})
     model = small_model().to("cuda", torch.float16)
     candidates = [(c.name, name) for c in choices_of(model, model.device) for name in c.unproven]
-    assert refused_in_trial(run, candidates) == {}
+    assert try_apart(run, candidates).refused == {}

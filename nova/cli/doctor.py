@@ -39,9 +39,8 @@ ALTERNATIVES = {
     "triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
 }
 INSTALL_TORCH = "see https://pytorch.org/get-started/locally, or: pip install torch"
-INSTALL_TORCH_CUDA_12 = (
-    "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-)
+INSTALL_TORCH_CUDA = "pip install --force-reinstall torch"
+INSTALL_TORCH_CUDA_12 = f"{INSTALL_TORCH_CUDA} --index-url https://download.pytorch.org/whl/cu126"
 INSTALL_NVCC = "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"
 # The oldest drivers that run builds with this CUDA, by its first number.
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -96,22 +95,22 @@ def missing(report: dict[str, Any]) -> dict[str, str]:
                 wanted["nvcc"] = f"building the CUDA extension: {INSTALL_NVCC}"
             wanted["CUDA extension"] = f"CUDA kernels: {REBUILD}"
     elif report["driver"] is not None and report["torch"]["version"] is not None:
-        wanted["another torch"] = f"the GPU: {_torch_for_driver(report)}"
+        wanted["GPU in torch"] = f"sampling on it: {_torch_for_driver(report)}"
     return wanted
 
 
 def _torch_for_driver(report: dict[str, Any]) -> str:
     """Why torch does not use the GPU of a machine with this driver, and what to do."""
     driver, build = report["driver"], report["torch"]["cuda_build"]
+    number = int(driver.split(".")[0])
+    install = INSTALL_TORCH_CUDA if number >= OLDEST_DRIVERS[13] else INSTALL_TORCH_CUDA_12
     if build is None:
-        return f"this one is a CPU build; {INSTALL_TORCH}"
-    number, oldest = int(driver.split(".")[0]), OLDEST_DRIVERS.get(int(build.split(".")[0]), 0)
+        return f"torch is a CPU build; {install}"
+    oldest = OLDEST_DRIVERS.get(int(build.split(".")[0]), 0)
     if number >= oldest:
-        return f"this one does not start with driver {driver}; look at CUDA_VISIBLE_DEVICES first"
-    advice = f"driver {driver} is too old for CUDA {build}, which needs {oldest}; update it"
-    if OLDEST_DRIVERS[12] <= number:
-        advice += f", or: {INSTALL_TORCH_CUDA_12}"
-    return advice
+        return f"torch does not start with driver {driver}; look at CUDA_VISIBLE_DEVICES first"
+    advice = f"driver {driver} is too old for torch with CUDA {build}, which needs {oldest}; update"
+    return f"{advice} it, or: {install}" if number >= OLDEST_DRIVERS[12] else f"{advice} it"
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from nova_kernels.errors import in_a_line
+
 from ..graph_recording import Recorder
 from .choices import Choice
 from .record import Measurement
@@ -56,7 +58,7 @@ def measure(
             except Exception as problem:  # whatever a compiler or driver raises
                 if name == choice.candidates[0]:
                     raise
-                refused[name] = _in_a_line(problem)
+                refused[name] = in_a_line(problem)
                 continue
             if turn == 0:
                 expected = output if expected is None else expected
@@ -101,12 +103,6 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> f
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _in_a_line(problem: Exception) -> str:
-    text = str(problem).strip()
-    kind = type(problem).__name__
-    return f"{kind}: {text.splitlines()[0]}" if text else kind
 
 
 def _difference(output: Tensor, expected: Tensor) -> float:

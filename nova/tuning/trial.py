@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from nova_kernels.isolation import Ended, run_apart
@@ -54,17 +54,32 @@ class TrialRun:
         return cls(**fields), candidates
 
 
-def refused_in_trial(run: TrialRun, candidates: Sequence[Candidate]) -> dict[Candidate, str]:
-    """Run candidates in another process.
+@dataclass(frozen=True)
+class TrialResult:
+    """How candidates did.
 
-    Returns:
-        Those that failed, computed something else than what runs without a choice, or took their
-        process along, and why.
+    Attributes:
+        refused: those that failed, computed something else than what runs without a choice, or
+            took their process along, and why.
+        is_complete: whether all of them came to an end by themselves.
     """
+
+    refused: Mapping[Candidate, str]
+    is_complete: bool
+
+    def refused_of(self, choice: str) -> dict[str, str]:
+        """The candidates of a choice that were refused, and why."""
+        return {name: reason for (of, name), reason in self.refused.items() if of == choice}
+
+
+def try_apart(run: TrialRun, candidates: Sequence[Candidate]) -> TrialResult:
+    """Run candidates in another process."""
     refused: dict[Candidate, str] = {}
+    is_complete = True
     for candidate, answer in run_apart(PROGRAM, run.to_json, candidates, TIMEOUT_S):
         if isinstance(answer, Ended):
             refused[candidate] = f"in a trial {answer.reason}"
+            is_complete = False
         elif answer is not None:
             refused[candidate] = answer
-    return refused
+    return TrialResult(refused, is_complete)

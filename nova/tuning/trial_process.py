@@ -21,10 +21,7 @@ def main() -> None:
     run, candidates = TrialRun.from_json(sys.stdin.read())
     say = answers_to_parent()
     device = torch.device(run.device)
-    torch.manual_seed(0)
-    with device:
-        model = NOVATransformer(run.config).to(getattr(torch, run.dtype))
-    model.eval().requires_grad_(False)
+    model = _random_model(run, device)
     step = MiddleStep(model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
     choices = {choice.name: choice for choice in choices_of(model, device, layouts=False)}
     with torch.inference_mode():
@@ -37,7 +34,21 @@ def main() -> None:
         pair = replace(choice, candidates=(choice.candidates[0], candidate))
         found = measure(pair, partial(step.run, choice.stage), device, record=recorder)
         choice.undo()
-        say(found.refused.get(candidate))
+        reason = found.refused.get(candidate)
+        # After some errors of a GPU nothing else goes well in the same process.
+        say(reason, last=reason is not None)
+
+
+def _random_model(run: TrialRun, device: torch.device) -> NOVATransformer:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    # At once: memory may not suffice for the weights in float32.
+    torch.set_default_dtype(getattr(torch, run.dtype))
+    try:
+        with device:
+            return NOVATransformer(run.config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 if __name__ == "__main__":

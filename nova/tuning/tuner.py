@@ -8,7 +8,7 @@ import torch
 
 from .. import __version__
 from ..attention_libraries import flash_attn_version
-from ..devices import out_of_memory
+from ..devices import free_memory, out_of_memory
 from ..engine import SamplingGraphs
 from ..errors import InputError
 from ..graph_recording import CUDARecorder
@@ -20,7 +20,7 @@ from .choices import DEFAULT, Choice, Stage, choices_of, together
 from .measuring import measure
 from .record import Measurement, TuningRecord, load_record, save_record
 from .step import MiddleStep
-from .trial import TrialRun, refused_in_trial
+from .trial import TrialResult, TrialRun, try_apart
 
 
 class Tunable(Protocol):
@@ -166,21 +166,25 @@ def tune_sampler(
     if record is None:
         try:
             with out_of_memory("tuning", "a smaller batch_size"):
-                record = _measure_all(run, choices, facts)
+                trial = _try_unproven(run, choices, facts["cuda_graphs"])
+                record = _measure_all(run, choices, facts, trial)
         except BaseException:
             for choice in choices:
                 choice.undo()
             raise
-        save_record(record)
+        # Where memory was short or a process ended, it may go well the next time.
+        if trial.is_complete and not _lacked_memory(record):
+            save_record(record)
     sampler.tuning = AppliedTuning.apply(record, choices, model)
     return record
 
 
-def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) -> TuningRecord:
+def _measure_all(
+    run: TunedRun, choices: list[Choice], facts: dict[str, Any], trial: TrialResult
+) -> TuningRecord:
     """One choice after the other, each with those before it as they were made."""
     step = MiddleStep(run.model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
     recorder = CUDARecorder() if facts["cuda_graphs"] else None
-    refused = _refused_in_trial(run, choices, facts["cuda_graphs"])
     measurements: list[Measurement] = []
     stages: list[Measurement] = []
     for stage in Stage:
@@ -188,7 +192,7 @@ def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) ->
         time = partial(
             measure, work=partial(step.run, stage), device=run.model.device, record=recorder
         )
-        found = [time(choice, refused=refused[choice.name]) for choice in of_stage]
+        found = [time(choice, refused=trial.refused_of(choice.name)) for choice in of_stage]
         chosen = [entry.chosen for entry in found]
         defaults = [choice.candidates[0] for choice in of_stage]
         if chosen != defaults:
@@ -200,10 +204,8 @@ def _measure_all(run: TunedRun, choices: list[Choice], facts: dict[str, Any]) ->
     return TuningRecord(facts, tuple(measurements), tuple(stages))
 
 
-def _refused_in_trial(
-    run: TunedRun, choices: list[Choice], cuda_graphs: bool
-) -> dict[str, dict[str, str]]:
-    """Of every choice the candidates that did harm or failed where it does none, and why."""
+def _try_unproven(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> TrialResult:
+    """Candidates that were not verified on a GPU, where they do no harm."""
     model = run.model
     candidates = [(choice.name, name) for choice in choices for name in sorted(choice.unproven)]
     trial = TrialRun(
@@ -216,10 +218,13 @@ def _refused_in_trial(
         run.batch_size,
         cuda_graphs,
     )
-    reasons: dict[str, dict[str, str]] = {choice.name: {} for choice in choices}
-    for (choice, name), reason in refused_in_trial(trial, candidates).items():
-        reasons[choice][name] = reason
-    return reasons
+    free_memory(model.device)  # which the other process needs
+    return try_apart(trial, candidates)
+
+
+def _lacked_memory(record: TuningRecord) -> bool:
+    reasons = [reason for entry in record.measurements for reason in entry.refused.values()]
+    return any(reason.startswith(torch.OutOfMemoryError.__name__) for reason in reasons)
 
 
 def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str, Any]:
