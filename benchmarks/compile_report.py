@@ -27,7 +27,7 @@ def compile_rows(op: str | None = None) -> list[dict[str, Any]]:
     cases = [(i, case.op) for i, case in enumerate(compile_cases())]
     jobs = [(i, a) for (i, name), a in product(cases, ARCHITECTURES) if op in (None, name)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        results = pool.map(_compile, *zip(*jobs, strict=True), chunksize=4)
+        results = pool.map(_compile, *zip(*jobs, strict=True))
         return list(track(results, "compiling", total=len(jobs), console=Console(stderr=True)))
 
 

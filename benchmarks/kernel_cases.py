@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import nova_kernels
 from nova_kernels.block_layout import BlockLayout
+from nova_kernels.head_weights import HeadWeights
 
 Run = Callable[..., Tensor]
 
@@ -27,6 +29,7 @@ class KernelCase:
         elements: values read and written, forward and backward (None: no gradient).
         operations: multiplications and additions, of matrix products alone, in the same order.
         num_tables: how many of the last inputs never have a gradient.
+        is_compiled: whether torch.compile of the reference is a peer.
     """
 
     op: str
@@ -37,6 +40,7 @@ class KernelCase:
     elements: tuple[int, int | None] = (0, None)
     operations: tuple[int, int] = (0, 0)
     num_tables: int = 0
+    is_compiled: bool = True
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -51,6 +55,8 @@ def kernel_cases() -> list[KernelCase]:
         frame_scale_shift(48, 360, 1024, 24),
         rope3d(2, 1800, 16, 64),
         diffusion_step(24, 36, 16),
+        denoise(1, 22, 16, width=1280, depth=3, steps=25),
+        denoise(24, 22, 16, width=1280, depth=3, steps=25),
         attention("one clip of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=1),
         attention("4 clips of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=4),
         attention("frame 8, cached", [360], heads=16, head_dim=64, batch=2, prefix=618 + 7 * 360),
@@ -144,6 +150,53 @@ def diffusion_step(batch: int, tokens: int, token_dim: int) -> KernelCase:
         lambda *to: randn(*to, shape, (2, *shape)),
         lambda backend, *t: nova_kernels.diffusion_step(*t, step, backend=backend)[0],
         elements=(4 * batch * tokens * token_dim, None),
+    )
+
+
+def denoise(
+    batch: int, tokens: int, token_dim: int, *, width: int, depth: int, steps: int
+) -> KernelCase:
+    """All steps of a set, with guidance."""
+    passes, values = 2, batch * tokens * token_dim
+    numbers = [nova_kernels.StepCoefficients(1.0, -1 / steps, guidance=5.0)] * steps
+    # (outputs, inputs) of linear layers, in the order of `HeadWeights.tensors`; a norm has no
+    # inputs.
+    blocks = [(width, width), (width, width), (width, 0)] * depth
+    modulations = [(3 * width, width)] * depth + [(2 * width, width)]
+    layers = [(width, token_dim), *blocks, *modulations, (token_dim, width)]
+    shapes = [shape for out, into in layers for shape in ((out, into) if into else (out,), (out,))]
+
+    def make(device, dtype):
+        x, condition, times, *parameters = randn(
+            device,
+            dtype,
+            (batch, tokens, token_dim),
+            (passes, batch, tokens, width),
+            (steps, width),
+            *shapes,
+        )
+        scaled = [p / p.shape[1] ** 0.5 if p.dim() == 2 else p for p in parameters]
+        return [x, condition, times, *scaled]
+
+    def run(backend, x, condition, times, *parameters):
+        weights = HeadWeights.of_tensors(parameters, depth)
+        return nova_kernels.denoise(x, condition, times, weights, numbers, backend=backend)
+
+    rows = passes * batch * tokens
+    # All passes share the embedding of a token.
+    products = rows * sum(out * into for out, into in layers[1:]) + values * width
+    return KernelCase(
+        "denoise",
+        f"{batch} x {tokens} x {token_dim}, width {width}, {depth} blocks, {steps} steps, guidance",
+        make,
+        run,
+        # Weights once, as where they stay on the chip; modulations are made and used inside.
+        elements=(
+            2 * values + rows * width + steps * width + sum(prod(shape) for shape in shapes),
+            None,
+        ),
+        operations=(2 * steps * products, 0),
+        is_compiled=False,  # a loop of so many steps takes minutes
     )
 
 

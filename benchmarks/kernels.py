@@ -92,7 +92,8 @@ def implementations(case: KernelCase) -> dict[str, Any]:
     written = import_module(f"nova_kernels.ops.{case.op}").OP.implementations
     names = [name for name in BACKENDS if name in ("reference", *written)]
     ours = {name: lambda *t, name=name: case.run(name, *t) for name in names}
-    return {**ours, "torch.compile": torch.compile(ours["reference"]), **case.peers}
+    compiled = {"torch.compile": torch.compile(ours["reference"])} if case.is_compiled else {}
+    return {**ours, **compiled, **case.peers}
 
 
 def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:

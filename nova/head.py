@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nova_kernels import residual_norm, scale_shift
-from nova_kernels.ops.denoise import ADA_NORM_EPS, BlockWeights, HeadWeights, with_unit_scale
+from nova_kernels.head_weights import BlockWeights, HeadWeights, with_unit_scale
+from nova_kernels.ops.denoise import ADA_NORM_EPS
 
 from .layers import PatchEmbed
 from .positions import timestep_features

@@ -40,11 +40,13 @@ class Op:
         implementations: those that exist, best first.
         verified: those that passed the tests and won on the hardware that they are for, with a
             results file in benchmarks/results. Only these are ever chosen automatically.
+        max_width: of the tensors' last axis, for kernels that hold whole rows; None: any.
     """
 
     name: str
     implementations: tuple[str, ...] = ("triton",)
     verified: frozenset[str] = frozenset()
+    max_width: int | None = None
 
     def choose(self, backend: str, *tensors: Tensor) -> str:
         """The implementation for these tensors: "reference" or one of `implementations`.
@@ -84,7 +86,17 @@ class Op:
             return cpp_extension.obstacle()
         if devices != {"cuda"} and not (backend == "triton" and is_interpreting()):
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
-        return extension.obstacle() if backend == "cuda" else None
+        reason = self._limit(*tensors)
+        return extension.obstacle() if reason is None and backend == "cuda" else reason
+
+    def _limit(self, *tensors: Tensor) -> str | None:
+        """What GPU kernels do not take of these tensors."""
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            return "it computes in float32, and some are float64; use backend='reference'"
+        limit = self.max_width
+        if limit is not None and any(t.dim() > 0 and t.shape[-1] > limit for t in tensors):
+            return f"it takes widths up to {limit}; use backend='reference'"
+        return None
 
     def module(self, backend: str) -> ModuleType:
         """The module that holds an implementation's functions."""
@@ -135,6 +147,24 @@ def define(schema: str, function: Callable, fake: Callable) -> None:
 def define_gradient(name: str, backward: Callable, save: Callable) -> None:
     """Give an operator of this package its gradient: `save` keeps what `backward` needs."""
     library.register_autograd(f"nova_kernels::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def define_no_gradient(name: str) -> None:
+    """Let a gradient of an operator be an error; torch would warn and take it for zero."""
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"nova_kernels::{name} has no gradient, so there is no second derivative; use "
+            "backend='reference'"
+        )
+
+    define_gradient(name, refuse, lambda ctx, inputs, output: None)
+
+
+def written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel wrote into a tensor, as torch's own in-place operators do."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nova_kernels.dispatch import Op
+from nova_kernels.dispatch import Op, is_interpreting
 from nova_kernels.errors import BackendError, in_a_line
 from nova_kernels.isolation import Ended, run_apart
 from nova_kernels.self_check import TOLERANCES, largest_error, self_checks
@@ -89,6 +89,8 @@ def check_implementation(op: str, backend: str, device: str) -> tuple[dict[str, 
         if case.op.name != op:
             continue
         for dtype in DTYPES:
+            if dtype == torch.bfloat16 and backend == "triton" and is_interpreting():
+                continue  # which Triton's interpreter rounds wrongly
             name = str(dtype).removeprefix("torch.")
             try:
                 error = largest_error(case, backend, device, dtype)

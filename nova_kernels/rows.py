@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+# The widest rows that the kernels hold.
+MAX_WIDTH = 8192
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -42,6 +45,9 @@ def as_rows(*tensors: Tensor) -> Rows:
     """
     if len({tensor.shape for tensor in tensors}) > 1:
         raise ValueError(f"rows of different shapes: {[tuple(t.shape) for t in tensors]}")
+    width = tensors[0].shape[-1]
+    if tensors[0].numel() == 0:
+        return Rows(tensors, ((0, 0),) * len(tensors), 0, 1, width)
     strided = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
     axes = _merged_axes(strided)
     if len(axes) > 2:
@@ -51,7 +57,7 @@ def as_rows(*tensors: Tensor) -> Rows:
         axes.insert(0, (1, (0,) * len(strided)))
     (outer, outer_strides), (inner, inner_strides) = axes
     strides = tuple(zip(outer_strides, inner_strides, strict=True))
-    return Rows(tuple(strided), strides, outer, inner, tensors[0].shape[-1])
+    return Rows(tuple(strided), strides, outer, inner, width)
 
 
 def _merged_axes(tensors: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nova_kernels.dispatch import Op
+from nova_kernels.head_weights import BlockWeights, HeadWeights
 from nova_kernels.ops import (
     block_causal_attention,
     denoise,
@@ -115,11 +116,11 @@ def _denoise_check(randn: Callable[..., Tensor]) -> SelfCheck:
         layers = list(zip(weights[: len(linears) : 2], weights[1 : len(linears) : 2], strict=True))
         affine = weights[len(linears) :]
         blocks = tuple(
-            denoise.BlockWeights(*layers[1 + 2 * i : 3 + 2 * i], affine[2 * i : 2 * i + 2])
+            BlockWeights(*layers[1 + 2 * i : 3 + 2 * i], affine[2 * i : 2 * i + 2])
             for i in range(depth)
         )
         modulations = tuple(layers[1 + 2 * depth : -1])
-        head = denoise.HeadWeights(layers[0], blocks, modulations, layers[-1])
+        head = HeadWeights(layers[0], blocks, modulations, layers[-1])
         with torch.no_grad():
             return denoise.denoise(x, condition, times, head, steps, noise=noise, backend=backend)
 

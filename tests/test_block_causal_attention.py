@@ -1,3 +1,6 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +14,11 @@ from kernel_testing import (
     poisoned,
     randn,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nova_kernels import BackendError, block_causal_attention
+from nova_kernels import BackendError, block_causal_attention, block_layout
 from nova_kernels.block_layout import BlockLayout
+from nova_kernels.dispatch import is_interpreting
 from nova_kernels.ops.block_causal_attention import reference, reference_with_lse
 
 # Block lengths, bidirectional, head_dim, length of the prefix.
@@ -27,6 +32,10 @@ CASES = [
     ([[20, 15], [37], [3, 1, 3]], True, 32, 0),
     ([[5], [64, 1]], [[False], [False, True]], 64, 0),
 ]
+# The released video model: prompt and frame 0, then a frame; and that frame behind a cache.
+REAL_CASES = [([618, 360], 0), ([360], 618)]
+# Absolute error of the log-sum-exp, which is computed in float32 of exact products.
+LSE_ERRORS = {torch.float32: 1e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 
 
 def inputs(lengths, head_dim, prefix, dtype=torch.float32, batch=1, heads=2):
@@ -85,9 +94,21 @@ def test_triton_is_as_exact_as_torch(lengths, bidirectional, head_dim, prefix, d
     check(lengths, bidirectional, head_dim, prefix, dtype)
 
 
-def check(lengths, bidirectional, head_dim, prefix, dtype):
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("lengths, prefix", REAL_CASES)
+@needs_triton
+def test_triton_at_real_sizes(lengths, prefix, head_dim):
+    check(lengths, True, head_dim, prefix, torch.float16, heads=1, backward=False)
+
+
+@needs_triton
+def test_triton_gradients_at_a_real_size():
+    check([618, 360], True, 64, 0, torch.float16, heads=1)
+
+
+def check(lengths, bidirectional, head_dim, prefix, dtype, heads=2, backward=True):
     """Forward and backward of Triton, against the definition in float64."""
-    qkv, prefix_kv = inputs(lengths, head_dim, prefix, dtype)
+    qkv, prefix_kv = inputs(lengths, head_dim, prefix, dtype, heads=heads)
     leaves = qkv + prefix_kv
     exact_leaves = in_float64(*leaves)
     exact, exact_lse = definition(*exact_leaves[:3], lengths, bidirectional, exact_leaves[3:])
@@ -102,13 +123,16 @@ def check(lengths, bidirectional, head_dim, prefix, dtype):
             backend="triton",
         )
     assert_as_exact_as_torch(result, by_torch, exact)
-    assert torch.allclose(lse.double(), exact_lse.detach(), atol=2e-3)
+    torch.testing.assert_close(lse.double(), exact_lse.detach(), rtol=1e-6, atol=LSE_ERRORS[dtype])
+    if not backward:
+        return
     grad = randn(*result.shape, dtype=dtype, seed=9)
     with poisoned():
         gradients = torch.autograd.grad(result, leaves, grad)
     exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
     torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
     for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
+        assert ours.isfinite().all()
         if right.norm() > 1e-9:  # the scores of a lone key have no gradient
             assert_as_exact_as_torch(ours, theirs, right)
 
@@ -122,13 +146,165 @@ def check(lengths, bidirectional, head_dim, prefix, dtype):
         max_size=3,
     ),
     prefix=st.integers(0, 40),
+    head_dim=st.sampled_from([32, 64]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_triton_on_any_layout(sequences, prefix):
+def test_triton_on_any_layout(sequences, prefix, head_dim, dtype):
     lengths = [[length for length, _ in blocks] for blocks in sequences]
     if not sum(map(sum, lengths)):
         return
     flags = [[flag for _, flag in blocks] for blocks in sequences]
-    check(lengths, flags, 32, prefix if len(lengths) == 1 else 0, torch.float32)
+    check(lengths, flags, head_dim, prefix if len(lengths) == 1 else 0, dtype)
+
+
+# Lengths, flags; rows that hold what is not finite, in which tensors; which results of which rows
+# have to stay as they are.
+ALL_RESULTS = ("out", "lse", "q", "k", "v")
+UNSEEN = [
+    ([[20], [20]], True, slice(20, 40), "qkvg", slice(0, 20), ALL_RESULTS),
+    ([[20], [20]], True, slice(0, 20), "qkvg", slice(20, 40), ALL_RESULTS),
+    ([[9, 70], [33]], False, slice(79, 112), "qkvg", slice(0, 79), ALL_RESULTS),
+    # A block sees no later one; gradients of its keys come from later queries all the same.
+    ([20, 30, 7], True, slice(50, 57), "qkvg", slice(0, 50), ("out", "lse", "q")),
+    ([20, 30, 7], [True, False, False], slice(50, 57), "qkvg", slice(0, 50), ("out", "lse", "q")),
+    # Nothing of earlier queries is of any use to later blocks.
+    ([20, 30, 7], True, slice(0, 20), "qg", slice(20, 57), ALL_RESULTS),
+    ([20, 30, 7], False, slice(0, 20), "qg", slice(20, 57), ALL_RESULTS),
+]
+
+
+# The interpreter computes with numpy, which warns of NaN.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "backend", ["reference", "reference_with_lse", pytest.param("triton", marks=needs_triton)]
+)
+@pytest.mark.parametrize("lengths, flags, bad, names, clean, unchanged", UNSEEN)
+def test_what_is_unseen_has_no_influence(
+    lengths, flags, bad, names, clean, unchanged, backend, dtype, value
+):
+    def results(value):
+        tokens = BlockLayout.of(lengths).num_tokens
+        given = {n: randn(1, 1, tokens, 32, dtype=dtype, seed=i) for i, n in enumerate("qkvg")}
+        for name in names:
+            given[name][:, :, bad] = given[name][:, :, bad] if value is None else value
+        qkv = [given[name].requires_grad_() for name in "qkv"]
+        out = block_causal_attention(
+            *qkv,
+            lengths,
+            bidirectional=flags,
+            return_lse=backend != "reference",
+            backend=backend.removesuffix("_with_lse"),
+        )
+        out, lse = out if isinstance(out, tuple) else (out, None)
+        gradients = torch.autograd.grad(out, qkv, given["g"])
+        return dict(zip(ALL_RESULTS, (out, lse, *gradients), strict=True))
+
+    before, after = results(None), results(value)
+    for name in unchanged:
+        if before[name] is not None:
+            assert torch.equal(after[name][:, :, clean], before[name][:, :, clean]), name
+    assert not after["out"][:, :, bad].isfinite().all()
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Counts (address of the head, first row, masked or not) of all tiles that kernels load."""
+    from nova_kernels.triton_kernels import block_causal_attention as kernels
+
+    counts, load = Counter(), kernels._load
+
+    def counting_load(base, row, stride, start, stop, masked, *constants):
+        is_masked = bool(getattr(masked, "value", masked))
+        counts[int(base.handle.data[0]), int(row.handle.data[0]), is_masked] += 1
+        return load(base, row, stride, start, stop, masked, *constants)
+
+    monkeypatch.setattr(kernels, "_load", counting_load)
+    return counts
+
+
+def visible_tiles(x, mask, own_tiles, size):
+    """What `loads` counts for x, if own tiles (rows of mask) load what they see, and no more."""
+    counts = Counter()
+    for start, stop in own_tiles.T.tolist():
+        for other in range(0, mask.shape[1], size):
+            seen = mask[start:stop, other : other + size]
+            if seen.any():
+                is_whole = seen.shape[1] == size and bool(seen.all())
+                counts[x.data_ptr(), other, not is_whole] += 1
+    return counts
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="counts in Triton's interpreter")
+@pytest.mark.parametrize(
+    "lengths, flags, prefix",
+    [
+        ([40, 70, 33], True, 0),
+        ([16, 32, 16], True, 32),
+        ([50, 60], [False, True], 37),
+        ([[50, 20], [64], [5]], [[True, False], [False], [True]], 0),
+    ],
+)
+@needs_triton
+def test_only_visible_tiles_are_computed(lengths, flags, prefix, loads):
+    """And masks are applied only to tiles that are not wholly visible."""
+    from nova_kernels.triton_kernels import block_causal_attention as kernels
+
+    size = kernels.EXACT.block_keys
+    assert size == kernels.EXACT.block_queries
+    layout = BlockLayout.of(lengths, flags)
+    tiles, mask = layout.tiles(size, "cpu"), layout.mask("cpu")
+    with torch.no_grad():
+        (q, k, v), prefix_kv = inputs(lengths, 32, prefix, heads=1)
+        grad = randn(*q.shape, seed=9)
+        own = (q, k, v, *(prefix_kv or (None, None)))
+
+        def counted(launch, *tensors):
+            loads.clear()
+            launch.run()
+            wanted = {tensor.data_ptr() for tensor in tensors}
+            return Counter({key: n for key, n in loads.items() if key[0] in wanted})
+
+        of_keys = Counter()
+        for x in (k, v):
+            of_keys += visible_tiles(x, mask, tiles, size)
+        for x in prefix_kv:
+            of_keys += visible_tiles(x, mask.new_ones(len(mask), prefix), tiles, size)
+        forward = kernels.plan_forward(*own, layout, 0.1)
+        assert counted(forward, k, v, *prefix_kv) == of_keys
+
+        out, lse = forward.arguments["out"], forward.arguments["lse"]
+        delta, query_gradient, key_gradient, *prefix_gradient = kernels.plan_backward(
+            grad, *own, out, lse, layout, 0.1
+        )
+        delta.run()
+        assert counted(query_gradient, k, v, *prefix_kv) == of_keys
+        of_queries = visible_tiles(q, mask.T, tiles, size)
+        of_queries += visible_tiles(grad, mask.T, tiles, size)
+        assert counted(key_gradient, q, grad) == of_queries
+        for launch in prefix_gradient:
+            prefix_tiles = BlockLayout.of([prefix]).tiles(size, "cpu")
+            everything = mask.new_ones(prefix, len(mask))
+            of_queries = visible_tiles(q, everything, prefix_tiles, size)
+            of_queries += visible_tiles(grad, everything, prefix_tiles, size)
+            assert counted(launch, q, grad) == of_queries
+
+
+@needs_triton
+def test_batches_of_any_size_fit_a_grid():
+    """CUDA takes 65,535 programs at most on any axis but the first."""
+    from nova_kernels.triton_kernels import block_causal_attention as kernels
+
+    q = torch.empty(70_000, 2, 20, 32, dtype=torch.float16, device="meta")
+    prefix = torch.empty(70_000, 2, 5, 32, dtype=torch.float16, device="meta")
+    lse = torch.empty(70_000, 2, 20, device="meta")
+    layout = BlockLayout.of([15, 5])
+    own = (q, q, q, prefix, prefix)
+    launches = kernels.plan_backward(q, *own, q, lse, layout, 0.1)
+    for launch in [kernels.plan_forward(*own, layout, 0.1), *launches]:
+        assert launch.grid[0] >= 140_000
+        assert all(extent <= 65_535 for extent in launch.grid[1:])
 
 
 @given(
@@ -147,6 +323,96 @@ def test_intervals_of_a_layout(sequences):
     query = torch.arange(layout.num_tokens)[:, None]
     assert torch.equal((query >= first) & (query < end), mask)
     assert layout.visible_pairs() == mask.sum()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5))
+def test_tiles_of_a_layout_lie_inside_blocks(lengths, size):
+    starts, stops = BlockLayout.of(lengths).tiles(size, "cpu").tolist()
+    covered = [token for pair in zip(starts, stops, strict=True) for token in range(*pair)]
+    assert covered == list(range(sum(lengths)))
+    owner = [block for block, length in enumerate(lengths) for _ in range(length)]
+    for start, stop in zip(starts, stops, strict=True):
+        assert 0 < stop - start <= size and owner[start] == owner[stop - 1]
+    assert len(starts) == sum(-(-length // size) for length in lengths)
+
+
+@pytest.mark.parametrize(
+    "lengths, flags",
+    [
+        (torch.tensor([5, 7, 12]), torch.tensor([True, False, True])),
+        (np.array([5, 7, 12]), np.array([True, False, True])),
+        ([torch.tensor(5), np.int64(7), 12], [np.bool_(True), torch.tensor(False), True]),
+        ([torch.tensor([5, 7, 12])], [torch.tensor([True, False, True])]),
+        ([[torch.tensor(5), 7, np.int32(12)]], [[True, np.bool_(False), True]]),
+    ],
+)
+def test_lengths_and_flags_as_tensors_and_arrays(lengths, flags):
+    layout = BlockLayout.of(lengths, flags)
+    assert layout == BlockLayout.of([5, 7, 12], [True, False, True])
+    numbers = [*layout.lengths[0], *layout.bidirectional[0]]
+    assert list(map(type, numbers)) == [int, int, int, bool, bool, bool]
+    expected = dense_mask([5, 7, 12], [True, False, True])
+    assert torch.equal(layout.mask("cpu"), expected)
+
+
+def test_one_flag_as_a_tensor():
+    assert BlockLayout.of([3, 4], torch.tensor(False)) == BlockLayout.of([3, 4], False)
+    assert BlockLayout.of([3, 4], np.bool_(False)) == BlockLayout.of([3, 4], False)
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([5.0], "non-negative integers, got 5.0"),
+        (torch.tensor([5.0]), "non-negative integers, got 5.0"),
+        ([[3], [np.float64(2)]], "non-negative integers, got 2.0"),
+        ([True], "non-negative integers, got True"),
+        (torch.tensor([True]), "non-negative integers, got True"),
+        ([None], "non-negative integers, got None"),
+        ([[3], 4], "a list of lists"),
+        (13, "a list of lists"),
+        ([], "a length for every sequence"),
+        ([[3], []], "a length for every sequence"),
+    ],
+)
+def test_lengths_that_are_none(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        BlockLayout.of(lengths)
+
+
+@pytest.mark.parametrize("flags", [1, [1, 0], ["yes", "no"], torch.tensor([1.0, 0.0])])
+def test_flags_that_are_none(flags):
+    with pytest.raises(ValueError, match="bidirectional must be"):
+        BlockLayout.of([3, 4], flags)
+
+
+def test_tables_do_not_depend_on_modes(monkeypatch):
+    """Made first under a default device or FakeTensorMode, they are right there and afterwards."""
+    monkeypatch.setattr(block_layout, "_KEPT", {})
+    layout = BlockLayout.of([5, 3], [False, True])
+    with FakeTensorMode():
+        fake = [layout.intervals("cpu"), layout.tiles(4, "cpu"), layout.mask("cpu")]
+    assert [tuple(x.shape) for x in fake] == [(4, 8), (2, 3), (8, 8)]
+    with torch.device("meta"):
+        intervals, tiles, mask = (
+            layout.intervals("cpu"),
+            layout.tiles(4, "cpu"),
+            layout.mask("cpu"),
+        )
+    assert tiles.tolist() == [[0, 4, 5], [4, 5, 8]]
+    assert torch.equal(mask, dense_mask([5, 3], [False, True]))
+    assert intervals[1].tolist() == [1, 2, 3, 4, 5, 8, 8, 8]
+    assert layout.intervals("cpu") is intervals and layout.tiles(4, "cpu") is tiles
+    with FakeTensorMode():
+        assert layout.mask("cpu").shape == (8, 8)  # also when intervals are kept
+
+
+def test_tables_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(block_layout, "_KEPT", {})
+    monkeypatch.setattr(block_layout, "_MAX_KEPT", 3)
+    tables = [BlockLayout.of([n]).intervals("cpu") for n in range(5)]
+    assert len(block_layout._KEPT) == 3
+    assert BlockLayout.of([4]).intervals("cpu") is tables[4]
 
 
 @needs_triton
@@ -190,6 +456,15 @@ def test_rope_scale_and_strides(backend):
             q, k, v, lengths, rope=(angles.cos(), angles.sin()), scale=0.5, backend=backend
         )
     assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_rope_tables_have_no_gradient(backend):
+    qkv, _ = inputs([4, 9], 32, 0)
+    cos, sin = (randn(1, 13, 16, seed=seed).requires_grad_() for seed in (6, 7))
+    result = block_causal_attention(*qkv, [4, 9], rope=(cos, sin), backend=backend)
+    gradients = torch.autograd.grad(result.sum(), [*qkv, cos, sin], allow_unused=True)
+    assert [gradient is None for gradient in gradients] == [False] * 3 + [True] * 2
 
 
 @needs_triton

@@ -5,15 +5,17 @@ import dataclasses
 import kernel_testing
 import pytest
 import torch
-from test_denoise import inputs, numbers, run
+from kernel_testing import opcheck
+from test_denoise import flat, inputs, numbers, run, small_case
 
 from nova.config import named_config
 from nova.model import NOVATransformer
 from nova_kernels import BackendError, Outside
 from nova_kernels.cpp_kernels import denoise as cpp
 from nova_kernels.cpp_kernels import extension
+from nova_kernels.head_weights import with_unit_scale
 from nova_kernels.ops import denoise as op
-from nova_kernels.ops.denoise import modulate, with_unit_scale
+from nova_kernels.ops.denoise import modulate
 
 pytestmark = pytest.mark.skipif(
     extension.obstacle() is not None, reason="the C++ extension is not built"
@@ -126,6 +128,84 @@ def test_it_runs_by_default_on_a_cpu(monkeypatch):
     assert calls == [1]
     run(*case, numbers(3, guidance=3.0), backend="reference")
     assert calls == [1]
+
+
+def test_operator_contract():
+    given, steps, options = small_case()
+    quiet = numbers(2, guidance=3.0, noise=0.3)
+    for arguments in (
+        flat(given, quiet, "cpp", 1, noise=options["noise"]),
+        flat(given, steps, "cpp", 2, **options),  # which the reference runs
+    ):
+        opcheck(torch.ops.nova_kernels.denoise.default, arguments)
+    result = torch.ops.nova_kernels.denoise(*flat(given, quiet, "cpp", 1, noise=options["noise"]))
+    expected = op.denoise(
+        *given, quiet, guided_steps=1, noise=options["noise"], backend="reference"
+    )
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_torch_compile_sees_one_operator(backend):
+    given, steps = inputs((2, 3), passes=2, steps=3), numbers(3, guidance=3.0)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(x):
+        return run(x, *given[1:], steps, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=keep)
+    assert torch.equal(compiled(given[0]), call(given[0]))
+    (graph,) = graphs
+    operators = [str(node.target) for node in graph.graph.nodes]
+    assert sum("nova_kernels.denoise" in name for name in operators) == 1
+    assert not any("linear" in name for name in operators)
+
+
+def test_where_a_gradient_is_wanted_torch_compile_has_the_reference():
+    x, condition, times, weights = inputs((1, 4), passes=2, steps=2)
+    steps = numbers(2, guidance=3.0)
+
+    def gradient(function):
+        leaf = condition.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+    def call(condition):
+        return op.denoise(x, condition, times, weights, steps)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(gradient(compiled), gradient(call), rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_kernel_reads_what_it_expects(monkeypatch):
+    """Without oneDNN, torch makes the products before the loop, in autocast's dtype."""
+    given, steps = inputs((2, 3), passes=2, steps=3), numbers(3, guidance=3.0)
+    monkeypatch.setattr("nova_kernels.onednn.is_usable", lambda weight: False)
+    expected = run(*given, steps, backend="cpp")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(*given, steps, backend="cpp"), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_tokens(shape):
+    case = inputs(shape, passes=2, steps=2)
+    assert run(*case, numbers(2), backend="cpp").shape == case[0].shape
+
+
+def test_views_that_negate():
+    case = inputs((2, 3), passes=2, steps=2)
+    noise = torch.randn(2, *case[0].shape, generator=torch.Generator().manual_seed(5))
+    steps = numbers(2, guidance=3.0, noise=0.3)
+    expected = run(*case, steps, backend="reference", noise=noise)
+    view = torch.complex(noise, -noise).conj().imag
+    assert view.is_neg() and torch.equal(view, noise)
+    result = run(*case, steps, backend="cpp", noise=view)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

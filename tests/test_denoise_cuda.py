@@ -18,7 +18,8 @@ from nova_kernels.cuda_kernels.denoise_plan import (
     plan_denoise,
     shared_bytes,
 )
-from nova_kernels.ops.denoise import MAX_STEPS_PER_LAUNCH, modulate, with_unit_scale
+from nova_kernels.head_weights import with_unit_scale
+from nova_kernels.ops.denoise import MAX_STEPS_PER_LAUNCH, modulate
 
 pytestmark = needs_compiler
 

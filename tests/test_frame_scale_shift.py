@@ -1,6 +1,7 @@
 import pytest
 import torch
 from kernel_testing import (
+    DEVICE,
     DTYPES,
     assert_as_exact_as_torch,
     in_float64,
@@ -22,6 +23,8 @@ SHAPES = [
     ((2, 33, 64), (2, 33, 64), 24),
     ((70, 100), (70, 100), 128),
     ((3, 192), (3, 192), 33),
+    ((2, 192), (2, 192), 128),  # of the model in this package
+    ((1, 2, 1024), (2, 2, 1024), 24),  # of the 0.6B text-to-video model
 ]
 
 
@@ -74,6 +77,33 @@ def test_features_of_frame_0_in_another_dtype():
         assert ours.dtype == leaf.dtype and torch.allclose(ours.float(), exact, atol=2e-2)
 
 
+@pytest.mark.parametrize("of_features", [torch.float32, torch.float16])
+@needs_triton
+def test_autocast_computes_in_its_dtype(of_features):
+    leaves = inputs((1, 3, 40), (2, 3, 40), 5)
+    features = [leaf.detach().to(of_features).requires_grad_() for leaf in leaves[:2]]
+    leaves = [*features, *leaves[2:]]
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        result = frame_scale_shift(*leaves, backend="triton")
+        expected = frame_scale_shift(*leaves, backend="reference")
+    assert result.dtype == expected.dtype == of_features
+    torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-2)
+    gradients = torch.autograd.grad(result.float().sum(), leaves)
+    right = torch.autograd.grad(expected.float().sum(), leaves)
+    for ours, exact, leaf in zip(gradients, right, leaves, strict=True):
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours, exact, atol=2e-2, rtol=2e-2)
+
+
+@needs_triton
+def test_no_second_derivative():
+    leaves = inputs((3, 8), (3, 8), 4)
+    result = frame_scale_shift(*leaves, backend="triton")
+    gradients = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradients[0].sum().backward()
+
+
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_reference_is_the_layer(shapes):
     leaves = in_float64(*inputs(*shapes))
@@ -105,6 +135,8 @@ def test_what_the_kernel_does_not_take():
     *others, bias = inputs((2, 8), (2, 8), 4)
     with pytest.raises(BackendError, match="one dtype"), torch.no_grad():
         frame_scale_shift(*others, bias.half(), backend="triton")
+    with pytest.raises(BackendError, match="float64.*backend='reference'"), torch.no_grad():
+        frame_scale_shift(*in_float64(*others, bias), backend="triton")
     assert torch.allclose(frame_scale_shift(*leaves), reference(*leaves))
 
 

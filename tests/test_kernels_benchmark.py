@@ -14,6 +14,8 @@ from ceilings import Ceilings
 from kernel_testing import needs_triton
 from torch._dynamo.backends.debugging import aot_eager
 
+from nova.config import NAMED_CONFIGS, ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,6 +43,19 @@ def test_every_kernel_compiles_for_both_cards_without_spills(tmp_path):
         assert row["spills"] == 0 or not row["real"], row
     cards = [{row["case"] for row in rows if row["architecture"] == a} for a in (80, 90)]
     assert cards[0] == cards[1]
+
+
+@needs_triton
+def test_widths_of_all_models_are_compiled():
+    from nova_kernels.triton_kernels.compile_cases import MIXERS, WIDTHS
+
+    models = [config for name, config in NAMED_CONFIGS.items() if name.startswith("nova-")]
+    shapes = ROOT / "nova" / "models" / "shapes" / "transformer" / "config.json"
+    models.append(ModelConfig.from_dict(json.loads(shapes.read_text())))
+    parts = [(m.image_encoder.embed_dim, m.image_decoder.embed_dim) for m in models]
+    assert {width for widths in parts for width in widths} == set(WIDTHS)
+    mixers = {(m.image_encoder.embed_dim, m.video_mixer_rank) for m in models}
+    assert {(width, rank) for width, rank in mixers if rank is not None} <= set(MIXERS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured instead")

@@ -69,6 +69,32 @@ def test_any_size(rows, width, outputs):
     assert_right(inputs((rows,), width, outputs, torch.float16), torch.float16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [192, 1024])
+@needs_triton
+def test_real_widths(width, dtype):
+    assert_right(inputs((3,), width, 4 * width, dtype), dtype)
+
+
+@needs_triton
+def test_every_setting(monkeypatch):
+    """In half precision: chosen by rows, by inputs and by whether two things are stored."""
+    from nova_kernels.triton_kernels import linear_gelu as kernels
+
+    setting_of, used = kernels.setting_of, set()
+
+    def spy(*arguments):
+        setting = setting_of(*arguments)
+        used.add(setting)
+        return setting
+
+    monkeypatch.setattr(kernels, "setting_of", spy)
+    for rows in (3, 130, 1030):
+        for width in (100, 192, 256):
+            assert_right(inputs((rows,), width, 40, torch.float16), torch.float16)
+    assert used == {*kernels.SETTINGS.values(), *kernels.SMALLER.values(), kernels.RAGGED}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [8, 720, 3601])
@@ -137,6 +163,15 @@ class Adapter(nn.Linear):
 
 
 @needs_triton
+def test_no_second_derivative():
+    leaves = inputs((3,), 8, 4)
+    result = linear_gelu(*leaves, backend="triton")
+    gradients = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradients[0].sum().backward()
+
+
+@needs_triton
 def test_the_mlp_runs_it_and_calls_layers_put_in_its_place():
     mlp, x = Mlp(32, 128).to(DEVICE), randn(3, 32)
     expected = mlp(x)
@@ -163,7 +198,7 @@ def test_what_does_not_fit():
         linear_gelu(x, weight, bias[:3])
     with pytest.raises(BackendError, match="one dtype"):
         linear_gelu(x, weight.half(), bias, backend="triton")
-    with pytest.raises(BackendError, match="float32, got torch.float64"):
+    with pytest.raises(BackendError, match="float64.*backend='reference'"):
         linear_gelu(x.double(), weight.double(), bias.double(), backend="triton")
 
 

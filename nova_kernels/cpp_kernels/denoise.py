@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from nova_kernels import onednn
 from nova_kernels.cpp_kernels.extension import extension
 from nova_kernels.cpp_kernels.openmp import openmp_parallel
-from nova_kernels.ops.denoise import HeadWeights, Linear, Outside
+from nova_kernels.head_weights import HeadWeights, Linear
+from nova_kernels.ops.denoise import Outside
 from nova_kernels.ops.diffusion_step import StepCoefficients
 
 
@@ -23,12 +24,9 @@ def obstacle(
     outside: Outside | None,
 ) -> str | None:
     """Why the kernel cannot run a call of `nova_kernels.denoise`; None if it can."""
-    tensors = (x, condition, *weights.tensors())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "it has no gradient"
-    dtypes = sorted({str(t.dtype) for t in tensors})
-    if dtypes != ["torch.float32"]:
-        return f"it takes float32, got {dtypes}"
+    dtypes = {tensor.dtype for tensor in (x, condition, *weights.tensors())}
+    if dtypes != {torch.float32}:
+        return f"it takes float32, got {sorted(map(str, dtypes))}"
     if any(step.renorm < 1 for step in steps):
         return "renormalised guidance needs a sequence of calls"
     return None

@@ -20,7 +20,8 @@ from nova_kernels.cuda_kernels.denoise_plan import (
 from nova_kernels.cuda_kernels.denoise_plan import obstacle as obstacle_of_shape
 from nova_kernels.cuda_kernels.extension import dtype_of, extension, stream_of
 from nova_kernels.errors import BackendError
-from nova_kernels.ops.denoise import HeadWeights, Linear, Outside
+from nova_kernels.head_weights import HeadWeights, Linear
+from nova_kernels.ops.denoise import Outside
 from nova_kernels.ops.diffusion_step import StepCoefficients
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.block_layout import BlockLayout, Flags, Lengths
-from nova_kernels.dispatch import Op, define, define_gradient, new_rows, through_operator
+from nova_kernels.block_layout import Block, BlockLayout, Flags, Lengths
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    define_no_gradient,
+    new_rows,
+    through_operator,
+)
 from nova_kernels.ops.rope3d import rotate_heads
 
 OP = Op("block_causal_attention")
@@ -34,16 +41,22 @@ def block_causal_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v, every query over the keys that it sees.
 
+    A key or value that is not finite reaches the results of those queries alone that see it, and a
+    gradient only by way of a query: its own row, and the keys and values that it sees. Nothing
+    crosses to another sequence, or to queries of a block before. Inside a causal block it may
+    reach all tokens of the block, also those before it.
+
     Args:
         q, k, v: (batch, heads, tokens, head_dim), any strides.
         block_lengths: of the blocks of a sequence, which add up to tokens; a list of such lists
-            for sequences packed one after the other, which do not see each other.
+            for sequences packed one after the other, which do not see each other. Integers, also
+            of numpy or in tensors (those on a GPU are waited for).
         bidirectional: whether the tokens of a block all see each other, or only those before
             them; one flag, or one a block in the form of block_lengths.
         prefix_kv: keys and values (batch, heads, m, head_dim) in front, which every query sees (a
             cache); not for packed sequences.
         rope: cos and sin (batch or 1, tokens, head_dim / 2) that q and k are rotated by (see
-            `rope3d`); a prefix has been rotated before.
+            `rope3d`); a prefix has been rotated before. The tables have no gradient.
         scale: None: head_dim ** -0.5.
         return_lse: also the log-sum-exp of the scaled scores (natural logarithm), by which parts
             of an attention can be merged. It has no gradient.
@@ -66,7 +79,9 @@ def block_causal_attention(
         backend = "reference"
     chosen = OP.choose(backend, *given)
     if rope is not None:
-        q, k = (rotate_heads(x, *rope, backend=chosen) for x in (q, k))
+        # Kernels have no gradient of the tables, so the reference has none either.
+        cos, sin = (table.detach() for table in rope)
+        q, k = (rotate_heads(x, cos, sin, backend=chosen) for x in (q, k))
     if chosen == "reference":
         if return_lse:
             return reference_with_lse(q, k, v, layout, prefix_k, prefix_v, scale)
@@ -97,11 +112,7 @@ def reference(
     for block in layout.blocks():
         queries = q[:, :, block.start : block.stop]
         keys, values = _visible(block, k, prefix_k), _visible(block, v, prefix_v)
-        mask = None
-        if not block.bidirectional:
-            rows, columns = queries.shape[2], keys.shape[2]
-            mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
-            mask = mask.tril(columns - rows)
+        mask = _causal_mask(block, queries, keys)
         outputs.append(
             F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         )
@@ -117,19 +128,32 @@ def reference_with_lse(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, with all scores at once in float32 or float64."""
+    """The definition, block by block in float32 or float64."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    mask = layout.mask(q.device)
-    if prefix_k is not None and prefix_v is not None:
-        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-        mask = F.pad(mask, (prefix_k.shape[2], 0), value=True)
-    scores = scale * q.to(exact) @ k.to(exact).transpose(-1, -2)
-    scores = scores.masked_fill(~mask, -math.inf)
-    out = scores.softmax(-1) @ v.to(exact)
-    return out.to(q.dtype), scores.logsumexp(-1).detach()
+    outputs = [q.new_empty(*q.shape[:2], 0, q.shape[-1])]
+    sums = [q.new_empty(*q.shape[:2], 0, dtype=exact)]
+    for block in layout.blocks():
+        queries = q[:, :, block.start : block.stop].to(exact)
+        keys, values = (_visible(block, *pair).to(exact) for pair in ((k, prefix_k), (v, prefix_v)))
+        scores = scale * queries @ keys.transpose(-1, -2)
+        mask = _causal_mask(block, queries, keys)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        outputs.append((scores.softmax(-1) @ values).to(q.dtype))
+        sums.append(scores.logsumexp(-1).detach())
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
-def _visible(block, x: Tensor, prefix: Tensor | None) -> Tensor:
+def _causal_mask(block: Block, queries: Tensor, keys: Tensor) -> Tensor | None:
+    """(queries, keys) bool: which keys up to its end a causal block's queries see; else None."""
+    if block.bidirectional:
+        return None
+    rows, columns = queries.shape[2], keys.shape[2]
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=queries.device)
+    return mask.tril(columns - rows)
+
+
+def _visible(block: Block, x: Tensor, prefix: Tensor | None) -> Tensor:
     seen = x[:, :, block.sequence_start : block.stop]
     return seen if prefix is None else torch.cat([prefix, seen], dim=2)
 
@@ -249,3 +273,4 @@ def _gradients(ctx, grad: Tensor, _):
 
 
 define_gradient("block_causal_attention", _gradients, _save)
+define_no_gradient("block_causal_attention_backward")

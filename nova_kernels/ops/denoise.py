@@ -14,19 +14,30 @@ matrix product over all steps; what is left in the loop is a third of the MLP's 
 
 The reference and Triton are a sequence of launches: `scale_shift`, `residual_norm` and
 `diffusion_step` in the backend asked for, and matrix products of torch. In CUDA all steps are one
-launch (docs/denoise.md); in C++, for CPUs, they are one call.
+launch (docs/denoise.md); in C++, for CPUs, they are one call. These two are what torch.compile sees
+as the operator `torch.ops.nova_kernels.denoise`; of a sequence it sees the parts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.dispatch import Op, requested
+from nova_kernels.checks import require_shape
+from nova_kernels.dispatch import (
+    OTHERWISE,
+    Op,
+    define,
+    define_no_gradient,
+    new_rows,
+    requested,
+    through_operator,
+)
+from nova_kernels.head_weights import HeadWeights
 from nova_kernels.ops.diffusion_step import StepCoefficients, diffusion_step
 from nova_kernels.ops.residual_norm import residual_norm
 from nova_kernels.ops.scale_shift import scale_shift
@@ -38,54 +49,8 @@ NORM_EPS = 1e-5
 MODULATION_BUDGET = 256 * 2**20
 # What a launch of the CUDA kernel takes (csrc/arguments.h).
 MAX_STEPS_PER_LAUNCH = 64
-
-Linear = tuple[Tensor, Tensor]  # weight (out, in), bias (out,)
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A block of the MLP: two linear layers (width, width), and the norm of what they make."""
-
-    fc1: Linear
-    fc2: Linear
-    norm: Linear
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """The diffusion MLP as the loop reads it.
-
-    Attributes:
-        embed: (width, token_dim).
-        blocks: one after the other.
-        modulations: (3 * width, width) for each block: scale, shift, gate; then (2 * width, width):
-            scale, shift. Their scales hold 1 + scale: see `with_unit_scale`.
-        head: (token_dim, width).
-    """
-
-    embed: Linear
-    blocks: tuple[BlockWeights, ...]
-    modulations: tuple[Linear, ...]
-    head: Linear
-
-    @property
-    def width(self) -> int:
-        return self.embed[0].shape[0]
-
-    @cached_property
-    def packed(self) -> dict[str, Any]:
-        """The weights as the C++ kernel reads them, made at its first call (`renew` forgets it)."""
-        return OP.module("cpp").pack(self)
-
-    def renew(self) -> None:
-        """To be called where weights were changed in place."""
-        self.__dict__.pop("packed", None)
-
-    def tensors(self) -> list[Tensor]:
-        """All weights and biases, always in one order."""
-        blocks = [linear for block in self.blocks for linear in vars(block).values()]
-        linears = [self.embed, *blocks, *self.modulations, self.head]
-        return [tensor for linear in linears for tensor in linear]
+# Implementations that take all steps at once, where they take a call.
+WHOLE_LOOPS = ("cuda", "cpp")
 
 
 @dataclass(frozen=True)
@@ -104,13 +69,6 @@ class Outside:
     noise: Tensor | None = None
 
 
-def with_unit_scale(weight: Tensor, bias: Tensor) -> Linear:
-    """A modulation whose first output is 1 + scale instead of scale; the weight is not copied."""
-    bias = bias.clone()
-    bias[: weight.shape[1]] += 1
-    return weight, bias
-
-
 def denoise(
     x: Tensor,
     condition: Tensor,
@@ -124,6 +82,8 @@ def denoise(
     backend: str = "auto",
 ) -> Tensor:
     """Noisy tokens -> clean tokens. For sampling: there is no gradient through kernels.
+
+    Autocast is passed over: the loop computes in the dtype of its inputs.
 
     Args:
         x: (batch, tokens, token_dim) noise.
@@ -139,25 +99,102 @@ def denoise(
         backend: see `nova_kernels.dispatch`. "cuda" is one launch for what it takes
             (`cuda_kernels.denoise.obstacle`), else a sequence, in CUDA as far as that goes; "cpp"
             is one call for what it takes (`cpp_kernels.denoise.obstacle`), else the reference.
+            "auto" and "cpp" run the reference where a gradient is wanted.
 
     Returns:
         (batch, tokens, token_dim).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit, a gradient that a GPU kernel does not
+            have, or an unknown backend.
         BackendError: the backend cannot run on these tensors.
     """
-    _check(x, condition, time_embeddings, weights, steps, noise)
-    whole_loop = _whole_loop(
-        OP.choose(backend, x, condition), x, condition, weights, steps, outside
-    )
-    rows_backend = step_backend = requested(backend)
-    if rows_backend == "cuda":
-        step_backend = "triton"  # which has no launch of its own in CUDA
-    elif rows_backend == "cpp":
-        rows_backend = step_backend = "reference"
+    _check(x, condition, time_embeddings, weights, steps, guided_steps)
+    if any(step.noise != 0 for step in steps):
+        _check_noise(x, len(steps), noise, outside)
+    else:
+        noise = None
+    if outside is not None:
+        _check_outside(x, outside, len(steps))
+    tensors = _given(x, condition, time_embeddings, weights, noise, outside)
+    _check_devices(tensors)
+    chosen, named = _choose(backend, x, condition, tensors)
+    if guided_steps is None or condition.shape[0] == 1:
+        guided_steps = len(steps)
+    if chosen in WHOLE_LOOPS and through_operator():
+        return torch.ops.nova_kernels.denoise(
+            x,
+            condition,
+            time_embeddings,
+            weights.tensors(),
+            len(weights.blocks),
+            [number for step in steps for number in step.as_list()],
+            guided_steps,
+            noise,
+            None if outside is None else outside.tokens,
+            None if outside is None else outside.noise,
+            named,
+        )
+    with _without_autocast(x):
+        whole_loop = _whole_loop(chosen, x, condition, weights, steps, noise, outside)
+        return _all_steps(
+            x,
+            condition,
+            time_embeddings,
+            weights,
+            steps,
+            guided_steps,
+            noise,
+            outside,
+            named,
+            whole_loop,
+        )
+
+
+def _choose(backend: str, x: Tensor, condition: Tensor, tensors: list[Tensor]) -> tuple[str, str]:
+    """The implementation of the loop, and the backend for the ops where it is a sequence of them.
+
+    Args:
+        tensors: all of the call.
+
+    Raises:
+        ValueError: a gradient is wanted of a backend that has none.
+    """
+    chosen, named = OP.choose(backend, x, condition), requested(backend)
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if wants_gradient and named in ("triton", "cuda"):
+        raise ValueError(
+            f"denoise: backend {named!r} has no gradient; call it under torch.no_grad(), or with "
+            "backend='reference'"
+        )
+    # Kernels have nothing to run on where there are no tokens.
+    if wants_gradient or x.numel() == 0:
+        return "reference", "reference"
+    return chosen, named
+
+
+def _all_steps(
+    x: Tensor,
+    condition: Tensor,
+    time_embeddings: Tensor,
+    weights: HeadWeights,
+    steps: Sequence[StepCoefficients],
+    guided_steps: int,
+    noise: Tensor | None,
+    outside: Outside | None,
+    backend: str,
+    whole_loop: ModuleType | None,
+) -> Tensor:
+    """The loop, by as many calls of `whole_loop` as modulations need, or step by step.
+
+    Args:
+        backend: of the ops of a sequence.
+        others: as those of `denoise`.
+    """
+    # The ops of rows are written in CUDA too, a single step is not; neither is written in C++.
+    rows_backend = "reference" if backend == "cpp" else backend
+    step_backend = OTHERWISE.get(backend, backend)
     passes = condition.shape[0]
-    guided_steps = len(steps) if guided_steps is None or passes == 1 else guided_steps
     evolving = None if outside is None else _Evolving(outside, steps)
     linear = F.linear if whole_loop is None else whole_loop.linear
     for start, stop, count in ((0, guided_steps, passes), (guided_steps, len(steps), 1)):
@@ -192,19 +229,31 @@ def denoise(
     return x
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Products of autocast's dtype would fit neither the tokens nor what kernels read."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _whole_loop(
     chosen: str,
     x: Tensor,
     condition: Tensor,
     weights: HeadWeights,
     steps: Sequence[StepCoefficients],
+    noise: Tensor | None,
     outside: Outside | None,
 ) -> ModuleType | None:
     """The module whose `run` takes all steps at once; None for a sequence of launches.
 
     Its `linear` makes the products before the loop.
     """
-    if chosen not in ("cuda", "cpp"):
+    if chosen not in WHOLE_LOOPS:
+        return None
+    # The kernels read memory as it is, and views like `x.conj().imag` are negated when read.
+    if x.is_neg() or (noise is not None and noise.is_neg()):
         return None
     module = OP.module(chosen)
     return None if module.obstacle(x, condition, weights, steps, outside) else module
@@ -272,37 +321,132 @@ def _squared_norm(tokens: Tensor) -> Tensor:
     return tokens.float().square().sum(dim=(1, 2))
 
 
+def _given(
+    x: Tensor,
+    condition: Tensor,
+    time_embeddings: Tensor,
+    weights: HeadWeights,
+    noise: Tensor | None,
+    outside: Outside | None,
+) -> list[Tensor]:
+    """All tensors of a call."""
+    tensors = [x, condition, time_embeddings, *weights.tensors()]
+    optional = [noise]
+    if outside is not None:
+        optional += [outside.tokens, outside.noise]
+    return tensors + [tensor for tensor in optional if tensor is not None]
+
+
 def _check(
     x: Tensor,
     condition: Tensor,
     time_embeddings: Tensor,
     weights: HeadWeights,
     steps: Sequence[StepCoefficients],
-    noise: Tensor | None,
+    guided_steps: int | None,
 ) -> None:
-    def require(tensor: Tensor, name: str, *shape: int) -> None:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"denoise: {name} must be {shape}, got {tuple(tensor.shape)}")
-
+    """`HeadWeights` checks itself, once, when it is made."""
     if x.dim() != 3 or not steps:
         raise ValueError("denoise: x must be (batch, tokens, token_dim), and steps not empty")
+    if not x.is_floating_point():
+        raise ValueError(f"denoise: x must have a floating dtype, got {x.dtype}")
     if condition.dim() != 4 or not 1 <= condition.shape[0] <= 3:
         raise ValueError(
             "denoise: condition must be (1 to 3 passes, batch, tokens, width), got "
             f"{tuple(condition.shape)}"
         )
-    width = weights.width
-    require(condition[0], "a pass of condition", *x.shape[:2], width)
-    require(time_embeddings, "time_embeddings", len(steps), width)
-    require(weights.embed[0], "the weight of embed", width, x.shape[2])
-    if len(weights.modulations) != len(weights.blocks) + 1:
-        raise ValueError("denoise: every block needs a modulation, and the head another one")
-    if any(step.noise != 0 for step in steps):
-        if noise is None:
-            raise ValueError("denoise: these steps add noise; give it")
-        require(noise, "noise", len(steps), *x.shape)
-        if (noise.dtype, noise.device) != (x.dtype, x.device):  # kernels get its address alone
-            raise ValueError(
-                f"denoise: noise must be {x.dtype} on {x.device} as x, got {noise.dtype} on "
-                f"{noise.device}"
-            )
+    batch, tokens, token_dim = x.shape
+    require_shape(OP.name, "condition", condition, condition.shape[0], batch, tokens, weights.width)
+    require_shape(OP.name, "time_embeddings", time_embeddings, len(steps), weights.width)
+    if token_dim != weights.token_dim:
+        raise ValueError(
+            f"denoise: x has tokens of {token_dim} values, and embed.weight takes "
+            f"{weights.token_dim}"
+        )
+    if guided_steps is not None and not 0 <= guided_steps <= len(steps):
+        raise ValueError(f"denoise: guided_steps must be 0 to {len(steps)}, got {guided_steps}")
+
+
+def _check_noise(x: Tensor, num_steps: int, noise: Tensor | None, outside: Outside | None) -> None:
+    """Of steps that add noise."""
+    if noise is None:
+        raise ValueError("denoise: these steps add noise; give it")
+    require_shape(OP.name, "noise", noise, num_steps, *x.shape)
+    if (noise.dtype, noise.device) != (x.dtype, x.device):  # kernels get its address alone
+        raise ValueError(
+            f"denoise: noise must be {x.dtype} on {x.device} as x, got {noise.dtype} on "
+            f"{noise.device}"
+        )
+    if outside is not None and outside.noise is None:
+        raise ValueError("denoise: these steps add noise; outside needs its own")
+
+
+def _check_outside(x: Tensor, outside: Outside, num_steps: int) -> None:
+    batch, _, token_dim = x.shape
+    shape = tuple(outside.tokens.shape)
+    if len(shape) != 3 or (shape[0], shape[2]) != (batch, token_dim):
+        raise ValueError(
+            f"denoise: outside.tokens must be ({batch}, any number, {token_dim}), got {shape}"
+        )
+    if outside.noise is not None:
+        require_shape(OP.name, "outside.noise", outside.noise, num_steps, *shape)
+
+
+def _check_devices(tensors: list[Tensor]) -> None:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = sorted(map(str, devices))
+        raise ValueError(f"denoise: all tensors must be on one device, got {names}")
+
+
+def _operator(
+    x: Tensor,
+    condition: Tensor,
+    time_embeddings: Tensor,
+    weights: list[Tensor],
+    depth: int,
+    numbers: list[float],
+    guided_steps: int,
+    noise: Tensor | None,
+    outside_tokens: Tensor | None,
+    outside_noise: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`denoise` without classes.
+
+    The C++ kernel packs the weights at every call, since a `HeadWeights` that remembers them is not
+    handed over.
+
+    Args:
+        weights, depth: `HeadWeights.tensors()`, and the number of blocks.
+        numbers: `StepCoefficients.as_list()` of all steps, one after the other.
+        outside_tokens, outside_noise: of `Outside`.
+        others: as those of `denoise`.
+
+    Returns:
+        As `denoise`, contiguous.
+    """
+    a_step = len(fields(StepCoefficients))
+    starts = range(0, len(numbers), a_step)
+    result = denoise(
+        x,
+        condition,
+        time_embeddings,
+        HeadWeights.of_tensors(weights, depth),
+        [StepCoefficients(*numbers[start : start + a_step]) for start in starts],
+        guided_steps=guided_steps,
+        noise=noise,
+        outside=None if outside_tokens is None else Outside(outside_tokens, outside_noise),
+        backend=backend,
+    )
+    return result.contiguous()
+
+
+define(
+    "denoise(Tensor x, Tensor condition, Tensor time_embeddings, Tensor[] weights, int depth,"
+    " float[] numbers, int guided_steps, Tensor? noise, Tensor? outside_tokens,"
+    " Tensor? outside_noise, str backend) -> Tensor",
+    _operator,
+    lambda x, *_: new_rows(x),
+)
+define_no_gradient("denoise")

@@ -139,6 +139,7 @@ def _check(
 
     shape = tuple(x.shape)
     require(x.dim() == 3, f"x must be (batch, tokens, token_dim), got {shape}")
+    require(x.is_floating_point(), f"x must have a floating dtype, got {x.dtype}")
     require(
         predictions.shape[1:] == x.shape and 1 <= predictions.shape[0] <= 3,
         f"predictions must be (1 to 3, {', '.join(map(str, shape))}), "

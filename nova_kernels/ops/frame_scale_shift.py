@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    define_no_gradient,
+    new_rows,
+    promoted,
+    through_operator,
+)
 
 OP = Op("frame_scale_shift")
 MAX_RANK = 128  # of the fused kernels, which keep `down @ silu(current)` in registers
@@ -28,6 +36,8 @@ def frame_scale_shift(
     backend: str = "auto",
 ) -> Tensor:
     """first * (1 + scale(current)) + shift(current) over the last axis.
+
+    Under autocast the projection is computed in autocast's dtype, as torch's linear layers are.
 
     Args:
         first: (..., width) features of frame 0,
@@ -52,7 +62,11 @@ def frame_scale_shift(
     chosen = OP.choose(backend, *tensors)
     if chosen == "reference":
         return reference(*tensors)
-    tensors = (first.expand(shape), current.expand(shape), down, up, bias)
+    projecting = (current.expand(shape), down, up, bias)
+    if torch.is_autocast_enabled(current.device.type):
+        dtype = torch.get_autocast_dtype(current.device.type)
+        projecting = tuple(tensor.to(dtype) for tensor in projecting)
+    tensors = (first.expand(shape), *projecting)
     if through_operator(*tensors):
         return torch.ops.nova_kernels.frame_scale_shift(*tensors, chosen)
     return _forward(*tensors, chosen)
@@ -124,3 +138,4 @@ def _gradients(ctx, grad: Tensor):
 
 
 define_gradient("frame_scale_shift", _gradients, _save)
+define_no_gradient("frame_scale_shift_backward")

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.dispatch import Op, define, define_gradient, through_operator
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    define_no_gradient,
+    through_operator,
+)
 
 OP = Op("linear_gelu")
 
@@ -119,3 +125,4 @@ def _gradients(ctx, grad: Tensor, _):
 
 
 define_gradient("linear_gelu", _gradients, _save)
+define_no_gradient("linear_gelu_backward")

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
+from nova_kernels.checks import check_writable, common_shape
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    define_no_gradient,
+    new_rows,
+    promoted,
+    through_operator,
+    written,
+)
+from nova_kernels.rows import MAX_WIDTH
 
-OP = Op("residual_norm", implementations=("triton", "cuda"))
+OP = Op("residual_norm", implementations=("triton", "cuda"), max_width=MAX_WIDTH)
 EPS = 1e-5
 
 
@@ -53,6 +63,7 @@ def residual_norm(
             raise ValueError("residual_norm: inplace=True destroys what gradients are made of")
         if x.shape != shape:
             raise ValueError(f"residual_norm: {tuple(shape)} does not fit in place of {x.shape}")
+        check_writable("residual_norm", "x", x)
         if chosen == "reference":
             return x.copy_(reference(x, h, weight, bias, gate, eps))
         h, gate = (None if t is None else t.expand(shape) for t in (h, gate))
@@ -121,6 +132,7 @@ def _forward_into_x(
     backend: str,
 ) -> None:
     OP.module(backend).forward(x, h, weight, bias, gate, eps, x)
+    written(x)
 
 
 def _backward(
@@ -178,3 +190,4 @@ def _gradients(ctx, grad: Tensor):
 
 
 define_gradient("residual_norm", _gradients, _save)
+define_no_gradient("residual_norm_backward")

@@ -7,7 +7,15 @@ in the table alone. Pairs are interleaved, (2k, 2k + 1). Reference, operator and
 import torch
 from torch import Tensor
 
-from nova_kernels.dispatch import Op, define, define_gradient, new_rows, through_operator
+from nova_kernels.checks import check_writable
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    new_rows,
+    through_operator,
+    written,
+)
 
 OP = Op("rope3d")
 
@@ -27,7 +35,8 @@ def rope3d(
 
     Args:
         qkv: (batch, tokens, 3 * num_heads * head_dim), laid out (3, heads, head_dim) in a row.
-        cos, sin: (batch or 1, tokens, head_dim / 2) of the angles, any floating dtype.
+        cos, sin: (batch or 1, tokens, head_dim / 2) of the angles, any floating dtype; without a
+            gradient.
         num_heads: of the attention layer.
         inplace: write into qkv (where no gradient is needed).
         backend: see `nova_kernels.dispatch`.
@@ -42,8 +51,10 @@ def rope3d(
     """
     _check(qkv, cos, sin, num_heads)
     chosen = OP.choose(backend, qkv, cos, sin)
-    if inplace and torch.is_grad_enabled() and qkv.requires_grad:
-        raise ValueError("rope3d: inplace=True overwrites what a gradient is asked of")
+    if inplace:
+        check_writable("rope3d", "qkv", qkv)
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            raise ValueError("rope3d: inplace=True overwrites what a gradient is asked of")
     # (batch, tokens, 3 * heads, head_dim): queries and keys are the first two thirds.
     heads = qkv.unflatten(-1, (3 * num_heads, -1))
     if chosen == "reference":
@@ -71,6 +82,11 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
     Raises:
         As `rope3d`.
     """
+    if x.dim() != 4 or x.shape[3] % 2 or not x.is_floating_point():
+        raise ValueError(
+            f"rope3d: heads must be (batch, heads, tokens, head_dim) with an even head_dim and a "
+            f"floating dtype, got {tuple(x.shape)} of {x.dtype}"
+        )
     _check_table(cos, sin, (x.shape[0], x.shape[2], x.shape[3] // 2))
     chosen = OP.choose(backend, x, cos, sin)
     heads = x.transpose(1, 2)
@@ -96,16 +112,19 @@ def reference(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tens
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (6 * num_heads):
+    fits = qkv.dim() == 3 and num_heads >= 1 and qkv.shape[-1] % (6 * num_heads) == 0
+    if not fits or not qkv.is_floating_point():
         raise ValueError(
-            f"rope3d: qkv must be (batch, tokens, 3 * heads * head_dim) with an even head_dim and "
-            f"{num_heads} heads, got {tuple(qkv.shape)}"
+            f"rope3d: qkv must be (batch, tokens, 3 * heads * head_dim) with an even head_dim, "
+            f"{num_heads} heads and a floating dtype, got {tuple(qkv.shape)} of {qkv.dtype}"
         )
     batch, tokens, width = qkv.shape
     _check_table(cos, sin, (batch, tokens, width // (6 * num_heads)))
 
 
 def _check_table(cos: Tensor, sin: Tensor, wanted: tuple[int, int, int]) -> None:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError("rope3d: the tables cos and sin have no gradient; detach() them")
     batch, tokens, pairs = wanted
     fits = cos.dim() == 3 and cos.shape[1:] == (tokens, pairs) and cos.shape[0] in (1, batch)
     if not fits or cos.shape != sin.shape:
@@ -125,6 +144,7 @@ def _rotate(
 
 def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor, backend: str) -> None:
     OP.module(backend).rotate(heads, cos, sin, heads, heads.shape[2], False)
+    written(heads)
 
 
 define(

@@ -9,9 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_kernels.checks import common_shape
-from nova_kernels.dispatch import Op, define, define_gradient, new_rows, promoted, through_operator
+from nova_kernels.dispatch import (
+    Op,
+    define,
+    define_gradient,
+    define_no_gradient,
+    new_rows,
+    promoted,
+    through_operator,
+)
+from nova_kernels.rows import MAX_WIDTH
 
-OP = Op("scale_shift", implementations=("triton", "cuda"))
+OP = Op("scale_shift", implementations=("triton", "cuda"), max_width=MAX_WIDTH)
 EPS = 1e-6
 
 
@@ -99,3 +108,4 @@ def _gradients(ctx, grad: Tensor):
 
 
 define_gradient("scale_shift", _gradients, _save)
+define_no_gradient("scale_shift_backward")

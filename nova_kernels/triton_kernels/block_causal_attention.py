@@ -3,6 +3,11 @@
 arXiv 2307.08691. A program has a tile of queries (or of keys, for their gradients) and walks over
 the tiles that it sees. Intervals (`BlockLayout.intervals`) tell it where these begin and end:
 invisible tiles are never touched, and only tiles at the rim of an interval are masked.
+
+A program's own tile lies inside one block (`BlockLayout.tiles`). So all of its queries see the same
+first key, and all of its keys are seen by the same last query. At the rim, rows that none of them
+sees are not loaded: a mask on the scores alone would let NaN and infinity through, by 0 * NaN in
+the products.
 """
 
 import math
@@ -37,7 +42,7 @@ class TileSetting:
 FORWARD = {
     32: TileSetting(128, 64, 4, 3),
     64: TileSetting(128, 64, 8, 3),
-    96: TileSetting(64, 32, 4, 2),
+    96: TileSetting(128, 32, 8, 2),
     128: TileSetting(128, 32, 8, 2),
 }
 BACKWARD = {
@@ -65,13 +70,25 @@ def _whole_tiles(first, last, end_first, end_last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(base, row, stride, num_rows, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _program(num_tiles, heads):
+    """Tile, index among the heads of all batches, batch and head of this program."""
+    program = tl.program_id(0)
+    head_index = (program // num_tiles).to(tl.int64)
+    return program % num_tiles, head_index, head_index // heads, head_index % heads
+
+
+@triton.jit
+def _load(base, row, stride, start, stop, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
           BLOCK_DIM: tl.constexpr):  # fmt: skip
-    """Rows of a head, (len(row), BLOCK_DIM); zeros beyond num_rows and HEAD_DIM."""
+    """Rows of a head, (len(row), BLOCK_DIM); zeros beyond HEAD_DIM.
+
+    Where MASKED, also zeros for rows out of start..stop - 1, which are not read.
+    """
     d = tl.arange(0, BLOCK_DIM)[None, :]
     at = base + row[:, None].to(tl.int64) * stride + d
     if MASKED:
-        return tl.load(at, (row[:, None] < num_rows) & (d < HEAD_DIM), 0.0)
+        inside = (row[:, None] >= start) & (row[:, None] < stop)
+        return tl.load(at, inside & (d < HEAD_DIM), 0.0)
     if BLOCK_DIM != HEAD_DIM:
         return tl.load(at, d < HEAD_DIM, 0.0)
     return tl.load(at)
@@ -79,17 +96,20 @@ def _load(base, row, stride, num_rows, MASKED: tl.constexpr, HEAD_DIM: tl.conste
 
 @triton.jit
 def _attend(
-    acc, top, total, queries, keys, values, first, stop, num_keys, key_stride, value_stride,
-    key_first, key_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    acc, top, total, queries, keys, values, begin, end, first, last, key_stride, value_stride,
+    key_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles of keys from first to stop. scale includes log2(e)."""
-    for start in range(first, stop, BLOCK_KEYS):
+    """Online softmax over the tiles of keys from begin to end. scale includes log2(e).
+
+    Where MASKED, a query sees keys first..key_end - 1; key_end is at most last.
+    """
+    for start in range(begin, end, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
-        k = _load(keys, key, key_stride, num_keys, MASKED, HEAD_DIM, BLOCK_DIM)
+        k = _load(keys, key, key_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         if MASKED:
-            seen = (key[None, :] >= key_first[:, None]) & (key[None, :] < key_end[:, None])
+            seen = (key[None, :] >= first) & (key[None, :] < key_end[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -97,112 +117,117 @@ def _attend(
         weights = tl.exp2(scores - pivot[:, None])
         decay = tl.exp2(top - pivot)
         total = total * decay + tl.sum(weights, axis=1)
-        v = _load(values, key, value_stride, num_keys, MASKED, HEAD_DIM, BLOCK_DIM)
+        v = _load(values, key, value_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
 
 
 @triton.jit
-def _query_intervals(intervals, query, tokens):
-    """Intervals of a tile of queries, and their extremes over the queries that exist."""
-    exists = query < tokens
-    first = tl.load(intervals + query, exists, 0)
-    end = tl.load(intervals + tokens + query, exists, 0)
+def _visible_keys(intervals, query, start, stop, tokens):
+    """What the tile of queries start..stop - 1 sees.
+
+    Returns the end of each query's keys, and of all of them the first key, the least and the
+    greatest end: those of the first and of the last query, since ends only grow inside a block.
+    """
+    ends = intervals + tokens
     return (
-        first, end, tl.min(tl.where(exists, first, tokens)), tl.max(first),
-        tl.min(tl.where(exists, end, tokens)), tl.max(end),
+        tl.load(ends + query, query < stop, 0), tl.load(intervals + start), tl.load(ends + start),
+        tl.load(ends + stop - 1),
     )  # fmt: skip
 
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, prefix_k, prefix_v, intervals, out, lse, heads, tokens, prefix, q_batch, q_head,
-    q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, pk_batch, pk_head, pk_token,
-    pv_batch, pv_head, pv_token, scale, HAS_PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, prefix_k, prefix_v, intervals, tiles, out, lse, num_tiles, heads, tokens, prefix,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, pk_batch,
+    pk_head, pk_token, pv_batch, pv_head, pv_token, scale, HAS_PREFIX: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    head_index = tl.program_id(1).to(tl.int64)
-    b, h = head_index // heads, head_index % heads
-    query = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    queries = _load(q + b * q_batch + h * q_head, query, q_token, tokens, True, HEAD_DIM, BLOCK_DIM)
+    tile, head_index, b, h = _program(num_tiles, heads)
+    start, stop = tl.load(tiles + tile), tl.load(tiles + num_tiles + tile)
+    query = start + tl.arange(0, BLOCK_QUERIES)
+    queries = _load(
+        q + b * q_batch + h * q_head, query, q_token, start, stop, True, HEAD_DIM, BLOCK_DIM
+    )
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
     top = tl.full([BLOCK_QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    key_first, key_end, first, last, end_first, end_last = _query_intervals(
-        intervals, query, tokens
-    )
+    key_end, first, end_first, end_last = _visible_keys(intervals, query, start, stop, tokens)
     if HAS_PREFIX:
         keys = prefix_k + b * pk_batch + h * pk_head
         values = prefix_v + b * pv_batch + h * pv_head
         whole = prefix // BLOCK_KEYS * BLOCK_KEYS
         acc, top, total = _attend(
-            acc, top, total, queries, keys, values, 0, whole, prefix, pk_token, pv_token,
-            key_first, key_end, scale, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+            acc, top, total, queries, keys, values, 0, whole, 0, prefix, pk_token, pv_token,
+            key_end, scale, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
         )  # fmt: skip
-        none = tl.zeros_like(key_first)
         acc, top, total = _attend(
-            acc, top, total, queries, keys, values, whole, prefix, prefix, pk_token, pv_token,
-            none, none + prefix, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+            acc, top, total, queries, keys, values, whole, prefix, 0, prefix, pk_token, pv_token,
+            tl.zeros_like(key_end) + prefix, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
         )  # fmt: skip
     keys = k + b * k_batch + h * k_head
     values = v + b * v_batch + h * v_head
-    begin, middle, whole_end, tail = _whole_tiles(first, last, end_first, end_last, BLOCK_KEYS)
+    begin, middle, whole_end, tail = _whole_tiles(first, first, end_first, end_last, BLOCK_KEYS)
     acc, top, total = _attend(
-        acc, top, total, queries, keys, values, begin, middle, tokens, k_token, v_token,
-        key_first, key_end, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, top, total, queries, keys, values, begin, middle, first, end_last, k_token, v_token,
+        key_end, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, queries, keys, values, middle, whole_end, tokens, k_token, v_token,
-        key_first, key_end, scale, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, top, total, queries, keys, values, middle, whole_end, first, end_last, k_token,
+        v_token, key_end, scale, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, queries, keys, values, tail, end_last, tokens, k_token, v_token,
-        key_first, key_end, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, top, total, queries, keys, values, tail, end_last, first, end_last, k_token, v_token,
+        key_end, scale, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     row = head_index * tokens + query
     d = tl.arange(0, BLOCK_DIM)[None, :]
-    inside = (query[:, None] < tokens) & (d < HEAD_DIM)
-    total = tl.where(query < tokens, total, 1.0)  # rows beyond the last query may have seen nothing
+    inside = (query[:, None] < stop) & (d < HEAD_DIM)
+    total = tl.where(query < stop, total, 1.0)  # rows beyond the last query may have seen nothing
     result = acc / total[:, None]
     tl.store(out + row[:, None] * HEAD_DIM + d, result.to(out.dtype.element_ty), inside)
-    tl.store(lse + row, (top + tl.log2(total)) / 1.4426950408889634, query < tokens)
+    tl.store(lse + row, (top + tl.log2(total)) / 1.4426950408889634, query < stop)
 
 
 @triton.jit
 def attention_delta_kernel(
-    out, grad, delta, heads, tokens, grad_batch, grad_head, grad_token, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    out, grad, delta, num_tiles, heads, tokens, grad_batch, grad_head, grad_token,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(out * grad), what the softmax's gradient subtracts."""
-    head_index = tl.program_id(1).to(tl.int64)
-    b, h = head_index // heads, head_index % heads
-    query = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    tile, head_index, b, h = _program(num_tiles, heads)
+    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     o = _load(
-        out + head_index * tokens * HEAD_DIM, query, HEAD_DIM, tokens, True, HEAD_DIM, BLOCK_DIM
+        out + head_index * tokens * HEAD_DIM, query, HEAD_DIM, 0, tokens, True, HEAD_DIM, BLOCK_DIM
     )
     g = _load(
-        grad + b * grad_batch + h * grad_head, query, grad_token, tokens, True, HEAD_DIM, BLOCK_DIM
-    )
+        grad + b * grad_batch + h * grad_head, query, grad_token, 0, tokens, True, HEAD_DIM,
+        BLOCK_DIM,
+    )  # fmt: skip
     value = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
     tl.store(delta + head_index * tokens + query, value, query < tokens)
 
 
 @triton.jit
 def _query_gradient(
-    acc, queries, g, lse, delta, keys, values, first, stop, num_keys, key_stride, value_stride,
-    key_first, key_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    acc, queries, g, lse, delta, keys, values, begin, end, first, last, key_stride, value_stride,
+    key_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the tiles of keys from first to stop give to the gradient of queries / scale."""
-    for start in range(first, stop, BLOCK_KEYS):
+    """Adds what the tiles of keys from begin to end give to the gradient of queries / scale.
+
+    Where MASKED, a query sees keys first..key_end - 1; key_end is at most last.
+    """
+    for start in range(begin, end, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
-        k = _load(keys, key, key_stride, num_keys, MASKED, HEAD_DIM, BLOCK_DIM)
-        v = _load(values, key, value_stride, num_keys, MASKED, HEAD_DIM, BLOCK_DIM)
+        k = _load(keys, key, key_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
+        v = _load(values, key, value_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:
-            seen = (key[None, :] >= key_first[:, None]) & (key[None, :] < key_end[:, None])
+            seen = (key[None, :] >= first) & (key[None, :] < key_end[:, None])
             weights = tl.where(seen, weights, 0.0)
         grad_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_scores = weights * (grad_weights - delta[:, None])
@@ -212,80 +237,87 @@ def _query_gradient(
 
 @triton.jit
 def attention_query_gradient_kernel(
-    q, k, v, prefix_k, prefix_v, grad, intervals, lse, delta, grad_q, heads, tokens, prefix,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, pk_batch,
-    pk_head, pk_token, pv_batch, pv_head, pv_token, grad_batch, grad_head, grad_token, scale,
-    scale_log2, HAS_PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    q, k, v, prefix_k, prefix_v, grad, intervals, tiles, lse, delta, grad_q, num_tiles, heads,
+    tokens, prefix, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    pk_batch, pk_head, pk_token, pv_batch, pv_head, pv_token, grad_batch, grad_head, grad_token,
+    scale, scale_log2, HAS_PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    head_index = tl.program_id(1).to(tl.int64)
-    b, h = head_index // heads, head_index % heads
-    query = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    queries = _load(q + b * q_batch + h * q_head, query, q_token, tokens, True, HEAD_DIM, BLOCK_DIM)
+    tile, head_index, b, h = _program(num_tiles, heads)
+    start, stop = tl.load(tiles + tile), tl.load(tiles + num_tiles + tile)
+    query = start + tl.arange(0, BLOCK_QUERIES)
+    queries = _load(
+        q + b * q_batch + h * q_head, query, q_token, start, stop, True, HEAD_DIM, BLOCK_DIM
+    )
     g = _load(
-        grad + b * grad_batch + h * grad_head, query, grad_token, tokens, True, HEAD_DIM, BLOCK_DIM
-    )
+        grad + b * grad_batch + h * grad_head, query, grad_token, start, stop, True, HEAD_DIM,
+        BLOCK_DIM,
+    )  # fmt: skip
     row = head_index * tokens + query
-    row_lse = tl.load(lse + row, query < tokens, 0.0) * 1.4426950408889634
-    row_delta = tl.load(delta + row, query < tokens, 0.0)
+    row_lse = tl.load(lse + row, query < stop, 0.0) * 1.4426950408889634
+    row_delta = tl.load(delta + row, query < stop, 0.0)
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
-    key_first, key_end, first, last, end_first, end_last = _query_intervals(
-        intervals, query, tokens
-    )
+    key_end, first, end_first, end_last = _visible_keys(intervals, query, start, stop, tokens)
     if HAS_PREFIX:
         keys = prefix_k + b * pk_batch + h * pk_head
         values = prefix_v + b * pv_batch + h * pv_head
         whole = prefix // BLOCK_KEYS * BLOCK_KEYS
         acc = _query_gradient(
-            acc, queries, g, row_lse, row_delta, keys, values, 0, whole, prefix, pk_token,
-            pv_token, key_first, key_end, scale_log2, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+            acc, queries, g, row_lse, row_delta, keys, values, 0, whole, 0, prefix, pk_token,
+            pv_token, key_end, scale_log2, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
         )  # fmt: skip
-        none = tl.zeros_like(key_first)
         acc = _query_gradient(
-            acc, queries, g, row_lse, row_delta, keys, values, whole, prefix, prefix, pk_token,
-            pv_token, none, none + prefix, scale_log2, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+            acc, queries, g, row_lse, row_delta, keys, values, whole, prefix, 0, prefix, pk_token,
+            pv_token, tl.zeros_like(key_end) + prefix, scale_log2, True, HEAD_DIM, BLOCK_DIM,
+            BLOCK_KEYS,
         )  # fmt: skip
     keys = k + b * k_batch + h * k_head
     values = v + b * v_batch + h * v_head
-    begin, middle, whole_end, tail = _whole_tiles(first, last, end_first, end_last, BLOCK_KEYS)
+    begin, middle, whole_end, tail = _whole_tiles(first, first, end_first, end_last, BLOCK_KEYS)
     acc = _query_gradient(
-        acc, queries, g, row_lse, row_delta, keys, values, begin, middle, tokens, k_token, v_token,
-        key_first, key_end, scale_log2, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, queries, g, row_lse, row_delta, keys, values, begin, middle, first, end_last, k_token,
+        v_token, key_end, scale_log2, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     acc = _query_gradient(
-        acc, queries, g, row_lse, row_delta, keys, values, middle, whole_end, tokens, k_token,
-        v_token, key_first, key_end, scale_log2, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, queries, g, row_lse, row_delta, keys, values, middle, whole_end, first, end_last,
+        k_token, v_token, key_end, scale_log2, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     acc = _query_gradient(
-        acc, queries, g, row_lse, row_delta, keys, values, tail, end_last, tokens, k_token,
-        v_token, key_first, key_end, scale_log2, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        acc, queries, g, row_lse, row_delta, keys, values, tail, end_last, first, end_last, k_token,
+        v_token, key_end, scale_log2, True, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_DIM)[None, :]
-    inside = (query[:, None] < tokens) & (d < HEAD_DIM)
+    inside = (query[:, None] < stop) & (d < HEAD_DIM)
     target = grad_q + row[:, None] * HEAD_DIM + d
     tl.store(target, (acc * scale).to(grad_q.dtype.element_ty), inside)
 
 
 @triton.jit
 def _key_gradient(
-    acc_k, acc_v, keys, values, queries, grad, lse, delta, first, stop, tokens, query_stride,
-    grad_stride, query_first, query_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    acc_k, acc_v, keys, values, queries, grad, lse, delta, begin, end, first, last, query_stride,
+    grad_stride, query_first, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the tiles of queries from first to stop give to the gradients of keys, values."""
-    for start in range(first, stop, BLOCK_QUERIES):
+    """Adds what the tiles of queries from begin to end give to the gradients of keys, values.
+
+    Where MASKED, a key is seen by queries query_first..last - 1; query_first is at least first.
+    """
+    for start in range(begin, end, BLOCK_QUERIES):
         query = start + tl.arange(0, BLOCK_QUERIES)
-        q = _load(queries, query, query_stride, tokens, MASKED, HEAD_DIM, BLOCK_DIM)
-        g = _load(grad, query, grad_stride, tokens, MASKED, HEAD_DIM, BLOCK_DIM)
-        row_lse = tl.load(lse + query, query < tokens, 0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + query, query < tokens, 0.0)
+        q = _load(queries, query, query_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
+        g = _load(grad, query, grad_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
+        if MASKED:
+            inside = (query >= first) & (query < last)
+            row_lse = tl.load(lse + query, inside, 0.0) * 1.4426950408889634
+            row_delta = tl.load(delta + query, inside, 0.0)
+        else:
+            row_lse = tl.load(lse + query) * 1.4426950408889634
+            row_delta = tl.load(delta + query)
         # Transposed: (keys, queries).
         scores = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
         weights = tl.exp2(scores - row_lse[None, :])
         if MASKED:
-            seeing = (query[None, :] >= query_first[:, None]) & (
-                query[None, :] < query_end[:, None]
-            )
+            seeing = (query[None, :] >= query_first[:, None]) & (query[None, :] < last)
             weights = tl.where(seeing, weights, 0.0)
         acc_v = tl.dot(weights.to(g.dtype), g, acc_v, input_precision="ieee")
         grad_weights = tl.dot(values, tl.trans(g), input_precision="ieee")
@@ -296,46 +328,51 @@ def _key_gradient(
 
 @triton.jit
 def attention_key_gradient_kernel(
-    q, k, v, grad, intervals, lse, delta, grad_k, grad_v, heads, tokens, num_keys, q_batch, q_head,
-    q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
-    scale, scale_log2, IS_PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, grad, intervals, tiles, lse, delta, grad_k, grad_v, num_tiles, heads, tokens, num_keys,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch,
+    grad_head, grad_token, scale, scale_log2, IS_PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    head_index = tl.program_id(1).to(tl.int64)
-    b, h = head_index // heads, head_index % heads
-    key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    exists = key < num_keys
-    keys = _load(k + b * k_batch + h * k_head, key, k_token, num_keys, True, HEAD_DIM, BLOCK_DIM)
-    values = _load(v + b * v_batch + h * v_head, key, v_token, num_keys, True, HEAD_DIM, BLOCK_DIM)
+    tile, head_index, b, h = _program(num_tiles, heads)
+    if IS_PREFIX:
+        start, stop = tile * BLOCK_KEYS, num_keys
+    else:
+        start, stop = tl.load(tiles + tile), tl.load(tiles + num_tiles + tile)
+    key = start + tl.arange(0, BLOCK_KEYS)
+    exists = key < stop
+    keys = _load(k + b * k_batch + h * k_head, key, k_token, start, stop, True, HEAD_DIM, BLOCK_DIM)
+    values = _load(
+        v + b * v_batch + h * v_head, key, v_token, start, stop, True, HEAD_DIM, BLOCK_DIM
+    )
     if IS_PREFIX:
         query_first = tl.zeros_like(key)
-        query_end = tl.where(exists, tokens, 0)
+        first, first_last, end = 0, 0, tokens
     else:
-        query_first = tl.load(intervals + 2 * tokens + key, exists, 0)
-        query_end = tl.load(intervals + 3 * tokens + key, exists, 0)
-    begin, middle, whole_end, tail = _whole_tiles(
-        tl.min(tl.where(exists, query_first, tokens)), tl.max(query_first),
-        tl.min(tl.where(exists, query_end, tokens)), tl.max(query_end), BLOCK_QUERIES,
-    )  # fmt: skip
+        # Firsts only grow inside a block.
+        firsts = intervals + 2 * tokens
+        query_first = tl.load(firsts + key, exists, 0)
+        first, first_last = tl.load(firsts + start), tl.load(firsts + stop - 1)
+        end = tl.load(intervals + 3 * tokens + start)
+    begin, middle, whole_end, tail = _whole_tiles(first, first_last, end, end, BLOCK_QUERIES)
     queries = q + b * q_batch + h * q_head
     grads = grad + b * grad_batch + h * grad_head
     row_lse, row_delta = lse + head_index * tokens, delta + head_index * tokens
     acc_k = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     acc_k, acc_v = _key_gradient(
-        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, begin, middle, tokens,
-        q_token, grad_token, query_first, query_end, scale_log2, True, HEAD_DIM, BLOCK_DIM,
-        BLOCK_QUERIES,
+        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, begin, middle, first,
+        end, q_token, grad_token, query_first, scale_log2, True, HEAD_DIM,
+        BLOCK_DIM, BLOCK_QUERIES,
     )  # fmt: skip
     acc_k, acc_v = _key_gradient(
-        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, middle, whole_end, tokens,
-        q_token, grad_token, query_first, query_end, scale_log2, False, HEAD_DIM, BLOCK_DIM,
-        BLOCK_QUERIES,
+        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, middle, whole_end, first,
+        end, q_token, grad_token, query_first, scale_log2, False, HEAD_DIM,
+        BLOCK_DIM, BLOCK_QUERIES,
     )  # fmt: skip
     acc_k, acc_v = _key_gradient(
-        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, tail, tl.max(query_end),
-        tokens, q_token, grad_token, query_first, query_end, scale_log2, True, HEAD_DIM, BLOCK_DIM,
-        BLOCK_QUERIES,
+        acc_k, acc_v, keys, values, queries, grads, row_lse, row_delta, tail, end, first,
+        end, q_token, grad_token, query_first, scale_log2, True, HEAD_DIM,
+        BLOCK_DIM, BLOCK_QUERIES,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_DIM)[None, :]
     at = (head_index * num_keys + key[:, None]) * HEAD_DIM + d
@@ -398,7 +435,7 @@ def plan_forward(
     arguments = {
         **_heads(q=q, k=k, v=v),
         **_prefix(k, v, prefix_k, prefix_v),
-        "intervals": layout.intervals(q.device),
+        **_layout_tables(layout, setting.block_queries, q.device),
         "out": new_rows(q),
         "lse": torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
         "heads": q.shape[1],
@@ -409,7 +446,7 @@ def plan_forward(
         "HAS_PREFIX": arguments["prefix"] > 0,
         "BLOCK_KEYS": setting.block_keys,
     }
-    return _launch(attention_forward_kernel, setting, setting.block_queries, arguments, constants)
+    return _launch(attention_forward_kernel, setting, arguments, constants)
 
 
 def plan_backward(
@@ -428,25 +465,35 @@ def plan_backward(
     setting = _setting(q, BACKWARD)
     sizes = {"heads": q.shape[1], "tokens": q.shape[2]}
     delta = torch.empty_like(lse)
-    of_delta = {**_heads(grad=grad), "out": out.contiguous(), "delta": delta, **sizes}
+    of_delta = {
+        **_heads(grad=grad),
+        **sizes,
+        "out": out.contiguous(),
+        "delta": delta,
+        "num_tiles": ceil_div(q.shape[2], setting.block_queries),
+    }
     common = {
         **_heads(q=q, grad=grad),
         **sizes,
-        "intervals": layout.intervals(q.device),
         "lse": lse,
         "delta": delta,
         "scale": scale,
         "scale_log2": scale * LOG2_E,
     }
     prefix = _prefix(k, v, prefix_k, prefix_v)
-    of_queries = {**common, **_heads(k=k, v=v), **prefix, "grad_q": new_rows(q)}
+    of_queries = {
+        **common,
+        **_heads(k=k, v=v),
+        **prefix,
+        **_layout_tables(layout, setting.block_queries, q.device),
+        "grad_q": new_rows(q),
+    }
     by_keys = {"BLOCK_KEYS": setting.block_keys}
     launches = [
-        _launch(attention_delta_kernel, setting, setting.block_queries, of_delta, {}),
+        _launch(attention_delta_kernel, setting, of_delta, {}),
         _launch(
             attention_query_gradient_kernel,
             setting,
-            setting.block_queries,
             of_queries,
             {"HAS_PREFIX": prefix["prefix"] > 0, **by_keys},
         ),
@@ -458,28 +505,31 @@ def plan_backward(
         of_keys = {
             **common,
             **_heads(k=keys, v=values),
+            **_layout_tables(layout, setting.block_keys, q.device),
             "num_keys": keys.shape[2],
             "grad_k": new_rows(keys),
             "grad_v": new_rows(keys),
         }
+        if is_prefix:
+            of_keys["num_tiles"] = ceil_div(keys.shape[2], setting.block_keys)
         constants = {"IS_PREFIX": bool(is_prefix), **by_keys}
-        launches.append(
-            _launch(attention_key_gradient_kernel, setting, setting.block_keys, of_keys, constants)
-        )
+        launches.append(_launch(attention_key_gradient_kernel, setting, of_keys, constants))
     return launches
 
 
-def _launch(kernel, setting: TileSetting, tile: int, arguments: dict, constants: dict) -> Launch:
-    """A program for every tile of every head; tiles are of keys where there are `num_keys`."""
+def _launch(kernel, setting: TileSetting, arguments: dict, constants: dict) -> Launch:
+    """A program for each of `num_tiles` tiles of every head."""
     tensor = arguments["grad"] if "grad" in arguments else arguments["q"]
-    batch, heads, tokens, head_dim = tensor.shape
+    batch, heads, _, head_dim = tensor.shape
     constants = {
         **constants,
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": triton.next_power_of_2(head_dim),
         "BLOCK_QUERIES": setting.block_queries,
     }
-    grid = (ceil_div(arguments.get("num_keys", tokens), tile), batch * heads)
+    # All on the first axis, since the others take 65,535 at most. Tiles of a head are neighbours,
+    # so that its keys and values stay in the cache.
+    grid = (arguments["num_tiles"] * batch * heads,)
     names = set(kernel.arg_names)
     used = {name: value for name, value in arguments.items() if name in names}
     return Launch(kernel, grid, used, constants, setting.num_warps, setting.num_stages)
@@ -498,6 +548,16 @@ def _setting(q: Tensor, settings: dict[int, TileSetting]) -> TileSetting:
             f"{q.dtype}; use backend='reference'"
         )
     return EXACT if q.dtype == torch.float32 else settings[head_dim]
+
+
+def _layout_tables(layout: BlockLayout, tile: int, device: torch.device) -> dict[str, Tensor | int]:
+    """Who sees whom, and tiles of up to `tile` tokens, as kernels name them."""
+    tiles = layout.tiles(tile, device)
+    return {
+        "intervals": layout.intervals(device),
+        "tiles": tiles,
+        "num_tiles": tiles.shape[1],
+    }
 
 
 def _heads(**tensors: Tensor) -> dict[str, Tensor | int]:

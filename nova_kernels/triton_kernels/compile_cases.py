@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from nova_kernels.triton_kernels.launch import Launch
 from nova_kernels.triton_kernels.row_settings import SETTINGS, row_setting
 
 HALF = torch.bfloat16
+DTYPES = (HALF, torch.float16, torch.float32)
 # Widths of released models, of their diffusion MLPs, and of the model in this package. Row kernels
 # are compiled for the padded width, which several of them share.
 WIDTHS = (192, 768, 1024, 1280, 1536)
+# Width and rank of cross-frame layers: of the two video models, and the largest.
+MIXERS = ((192, 128), (1024, 24), (1536, 128))
 EPS = 1e-6
 
 
@@ -56,24 +60,53 @@ def _meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 def _rows() -> Iterator[CompileCase]:
     used = {row_setting(width).block_width for width in WIDTHS}
     for width in SETTINGS:
-        real = width in used
-        for dtype in (HALF, torch.float32) if real else (HALF,):
+        for dtype in DTYPES if width in used else (HALF,):
             case = f"width {width}, {_name(dtype)}"
-            x, vector = _meta(1000, width, dtype=dtype), _meta(width, dtype=dtype)
-            launch, _ = scale_shift.plan_forward(x, x, x, EPS, True)
-            yield CompileCase("scale_shift", case, launch, real)
-            launch, *_ = scale_shift.plan_backward(x, x, x, EPS, True)
-            yield CompileCase("scale_shift", case, launch, real)
-            for gate in (None, x):
-                of_gate = case + (", gate" if gate is not None else "")
-                launch = residual_norm.plan_forward(x, x, vector, vector, gate, EPS, x)
-                yield CompileCase("residual_norm", of_gate, launch, real)
-                launch, *_ = residual_norm.plan_backward(x, x, vector, vector, gate, EPS)
-                yield CompileCase("residual_norm", of_gate, launch, real)
+            # The two half precisions differ in how values are converted, which one variant shows.
+            all_variants = width in used and dtype != torch.float16
+            for op, variant, launch in _row_launches(width, dtype, all_variants):
+                yield CompileCase(op, case + variant, launch, width in used)
+
+
+def _row_launches(
+    width: int, dtype: torch.dtype, all_variants: bool
+) -> Iterator[tuple[str, str, Launch]]:
+    """Op, variant and launch; without `all_variants`, those that hold most only."""
+    x, vector = _meta(1000, width, dtype=dtype), _meta(width, dtype=dtype)
+    yield "scale_shift", "", scale_shift.plan_forward(x, x, x, EPS, True)[0]
+    yield "scale_shift", "", scale_shift.plan_backward(x, x, x, EPS, True)[0]
+    if all_variants:  # in the denoise loop, which has no gradient
+        yield "scale_shift", ", no one added", scale_shift.plan_forward(x, x, x, EPS, False)[0]
+    for affine, gate in product((vector, None), (x, None)) if all_variants else [(vector, x)]:
+        variant = ", affine" if affine is not None else ""
+        variant += ", gate" if gate is not None else ""
+        norm = (affine, affine, gate, EPS)
+        yield "residual_norm", variant, residual_norm.plan_forward(x, x, *norm, x)
+        yield "residual_norm", variant, residual_norm.plan_backward(x, x, *norm)[0]
+
+
+def _linear_gelu() -> Iterator[CompileCase]:
+    # Many rows, which take the widest tiles; those of a small set and of a frame.
+    sizes = [(3600, width, HALF, "rows") for width in WIDTHS]
+    sizes += [(rows, width, HALF, "rows") for width, rows in product((192, 1024), (8, 720))]
+    sizes.append((3600, 1024, HALF, "columns"))
+    # In float32, and where inputs end inside a tile, there is one setting.
+    for width, dtype in product((192, 1024), (torch.float16, torch.float32)):
+        sizes.append((3600, width, dtype, "rows"))
+    sizes += [(720, width, HALF, "rows") for width in (100, 250)]
+    for (rows, width, dtype, layout), keep_hidden in product(sizes, (False, True)):
+        x, bias = _meta(rows, width, dtype=dtype), _meta(4 * width, dtype=dtype)
+        weight = _meta(4 * width, width, dtype=dtype)
+        if layout == "columns":
+            weight = _meta(width, 4 * width, dtype=dtype).t()
+        case = f"{rows} x {width}, weight by {layout}, {_name(dtype)}"
+        case += ", keeping what GELU is applied to" if keep_hidden else ""
+        launch, *_ = linear_gelu.plan(x, weight, bias, keep_hidden)
+        yield CompileCase("linear_gelu", case, launch)
 
 
 def _frame_scale_shift() -> Iterator[CompileCase]:
-    for width, rank, dtype in ((1024, 24, HALF), (192, 128, HALF), (1024, 24, torch.float32)):
+    for (width, rank), dtype in product(MIXERS, DTYPES):
         case = f"width {width}, rank {rank}, {_name(dtype)}"
         x = _meta(2, 8, 360, width, dtype=dtype)
         weights = [
@@ -86,54 +119,54 @@ def _frame_scale_shift() -> Iterator[CompileCase]:
         yield CompileCase("frame_scale_shift", case, launch)
 
 
-def _linear_gelu() -> Iterator[CompileCase]:
-    # Rows of a small set, of a frame and of many; in float32 there is one setting.
-    sizes = [(rows, 1024, HALF) for rows in (8, 720, 3600)]
-    for rows, width, dtype in [*sizes, (3600, 192, torch.float32)]:
-        x, bias = _meta(rows, width, dtype=dtype), _meta(4 * width, dtype=dtype)
-        by_rows = _meta(4 * width, width, dtype=dtype)
-        by_columns = _meta(width, 4 * width, dtype=dtype).t()
-        for weight, layout in ((by_rows, "rows"), (by_columns, "columns")):
-            for keep_hidden in (False, True):
-                case = f"{rows} x {width}, weight by {layout}, {_name(dtype)}"
-                launch, *_ = linear_gelu.plan(x, weight, bias, keep_hidden)
-                case += ", keeping what GELU is applied to" if keep_hidden else ""
-                yield CompileCase("linear_gelu", case, launch)
-
-
 def _rope3d() -> Iterator[CompileCase]:
-    for heads, head_dim in ((12, 64), (16, 64), (16, 96)):
-        x, table = _meta(2, 1800, 3 * heads, head_dim), _meta(1, 1800, head_dim // 2)
-        case = f"{heads} heads of {head_dim}, {_name(HALF)}"
-        for in_place in (True, False):
-            out = x if in_place else torch.empty_like(x)
-            launch = rope3d.plan(x, table, table, out, 2 * heads, False)
-            yield CompileCase("rope3d", case + (", in place" if in_place else ""), launch)
+    # Heads are arguments: all real numbers and sizes of them give one kernel, in place or not.
+    heads, head_dim = 16, 64
+    for dtype, backwards in product(DTYPES, (False, True)):
+        x = _meta(2, 1800, 3 * heads, head_dim, dtype=dtype)
+        table = _meta(1, 1800, head_dim // 2, dtype=dtype)
+        launch = rope3d.plan(x, table, table, torch.empty_like(x), 2 * heads, backwards)
+        case = f"{heads} heads of {head_dim}, {_name(dtype)}" + (", backward" if backwards else "")
+        yield CompileCase("rope3d", case, launch)
 
 
 def _diffusion_step() -> Iterator[CompileCase]:
-    x = _meta(24, 36, 16)
-    for passes, renorm in ((1, 1.0), (2, 1.0), (2, 0.5), (3, 0.5)):
+    guidances = ((1, 1.0), (2, 1.0), (2, 0.5), (3, 1.0), (3, 0.5))
+    for dtype, (passes, renorm), masked in product(DTYPES, guidances, (False, True)):
+        x = _meta(24, 36, 64, dtype=dtype)
         step = StepCoefficients(1.0, -0.04, noise=0.1, guidance=5.0, renorm=renorm)
-        outside = _meta(24, dtype=torch.float32)
-        launch = diffusion_step.plan(x, _meta(passes, 24, 36, 16), step, x, outside, None)
-        case = f"{passes} passes" + (", renormalised" if renorm < 1 else "")
-        yield CompileCase("diffusion_step", case, launch)
+        # Whole frames have a mask, packed sets have tokens outside.
+        mask = _meta(24, 36, dtype=torch.bool) if masked else None
+        outside = None if masked else _meta(24, dtype=torch.float32)
+        predictions = _meta(passes, *x.shape, dtype=dtype)
+        for noise in (x, None) if passes == 2 else (x,):
+            launch = diffusion_step.plan(x, predictions, step, noise, outside, mask)
+            parts = [f"{passes} passes", _name(dtype)]
+            parts += ["renormalised"] * (renorm < 1) + ["masked"] * masked
+            parts += ["noise"] * (noise is not None)
+            yield CompileCase("diffusion_step", ", ".join(parts), launch)
 
 
 def _attention() -> Iterator[CompileCase]:
+    kinds = [(head_dim, HALF) for head_dim in block_causal_attention.FORWARD]
+    # float16 has the tiles of bfloat16. Float32 takes long to compile: heads that models have.
+    kinds += [(64, torch.float16), *((head_dim, torch.float32) for head_dim in (32, 64, 96))]
+    for (head_dim, dtype), with_prefix in product(kinds, (True, False)):
+        case = f"head_dim {head_dim}, {_name(dtype)}" + (", prefix" if with_prefix else "")
+        for launch in _attention_launches(head_dim, dtype, with_prefix):
+            # Kernels that do not ask for a prefix are the same with one and without.
+            if with_prefix or "HAS_PREFIX" in launch.constants:
+                yield CompileCase("block_causal_attention", case, launch)
+
+
+def _attention_launches(head_dim: int, dtype: torch.dtype, with_prefix: bool) -> list[Launch]:
     # The released video model: prompt, motion and frame 0, then eight frames.
     layout = BlockLayout.of([618] + [360] * 8)
-    kinds = [(head_dim, HALF) for head_dim in block_causal_attention.FORWARD]
-    for head_dim, dtype in [*kinds, (64, torch.float32)]:
-        case = f"head_dim {head_dim}, {_name(dtype)}"
-        x, prefix = (_meta(2, 16, n, head_dim, dtype=dtype) for n in (layout.num_tokens, 720))
-        lse = _meta(2, 16, layout.num_tokens, dtype=torch.float32)
-        qkv_and_prefix = (x, x, x, prefix, prefix)
-        launch = block_causal_attention.plan_forward(*qkv_and_prefix, layout, 0.1)
-        yield CompileCase("block_causal_attention", case, launch)
-        for launch in block_causal_attention.plan_backward(x, *qkv_and_prefix, x, lse, layout, 0.1):
-            yield CompileCase("block_causal_attention", case, launch)
+    x, prefix = (_meta(2, 16, n, head_dim, dtype=dtype) for n in (layout.num_tokens, 720))
+    lse = _meta(2, 16, layout.num_tokens, dtype=torch.float32)
+    tensors = (x, x, x, prefix, prefix) if with_prefix else (x, x, x, None, None)
+    forward = block_causal_attention.plan_forward(*tensors, layout, 0.1)
+    return [forward, *block_causal_attention.plan_backward(x, *tensors, x, lse, layout, 0.1)]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,9 +15,12 @@ from nova_kernels.ops.frame_scale_shift import MAX_RANK
 from nova_kernels.rows import as_rows
 from nova_kernels.triton_kernels.launch import Launch, ceil_div
 
-# Rows and columns at a time, and warps. What fits registers on both architectures; float32 has no
-# tensor cores that keep its precision.
-HALF_SETTING, EXACT_SETTING = (32, 64, 8), (16, 16, 4)
+HALF = (torch.float16, torch.bfloat16)
+# Rows and columns at a time, and warps, for low ranks and for high ones. What fits registers on
+# both architectures; float32 has no tensor cores that keep its precision.
+HALF_SETTINGS = (32, 64, 8), (32, 32, 4)
+EXACT_SETTINGS = (16, 16, 4), (16, 16, 8)
+LOW_RANK = 32  # the highest
 
 
 @triton.jit
@@ -179,10 +182,12 @@ def plan_backward(
 def _weights(current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> dict[str, Tensor | int]:
     rank = down.shape[0]
     dtypes = {tensor.dtype for tensor in (current, down, up, bias)}
-    if len(dtypes) > 1:  # its matrix products take one
+    # Its matrix products take one dtype.
+    if len(dtypes) > 1 or current.dtype not in (*HALF, torch.float32):
         raise BackendError(
-            f"frame_scale_shift: the Triton kernel takes tensors of one dtype, got "
-            f"{sorted(map(str, dtypes))}"
+            "frame_scale_shift: the Triton kernel takes one dtype, float16, bfloat16 or float32, "
+            f"for all but the first features, got {', '.join(sorted(map(str, dtypes)))}; use "
+            "backend='reference'"
         )
     if rank > MAX_RANK:
         raise BackendError(
@@ -194,8 +199,8 @@ def _weights(current: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> dict[st
 
 
 def _launch(kernel, arguments: dict) -> Launch:
-    exact = arguments["current"].dtype == torch.float32
-    block_rows, block_columns, num_warps = EXACT_SETTING if exact else HALF_SETTING
+    low, high = HALF_SETTINGS if arguments["current"].dtype in HALF else EXACT_SETTINGS
+    block_rows, block_columns, num_warps = low if arguments["rank"] <= LOW_RANK else high
     constants = {
         "WIDTH": arguments["width"],
         "BLOCK_ROWS": block_rows,

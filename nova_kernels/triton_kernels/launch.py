@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nova_kernels.checks import check_values
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -32,11 +34,16 @@ class Launch:
     num_stages: int = 2
 
     def run(self) -> None:
-        """Launch on the tensors' device and its current stream. An empty grid does nothing."""
+        """Launch on the tensors' device and its current stream. An empty grid does nothing.
+
+        Raises:
+            BackendError: see `check_values`.
+        """
         if 0 in self.grid:
             return
-        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
-        with torch.cuda.device_of(tensor):
+        tensors = [value for value in self.arguments.values() if isinstance(value, Tensor)]
+        check_values(self.kernel.__name__, *tensors)
+        with torch.cuda.device_of(tensors[0]):
             self.kernel[self.grid](
                 **self.arguments,
                 **self.constants,

@@ -30,8 +30,12 @@ SETTINGS = {
     128: TileSetting(64, 128, 64, 4, 4),
     0: TileSetting(32, 64, 128, 4, 4),
 }
-# Where two things are stored, or inputs end inside a tile: the widest tile leaves no registers.
+# Where the widest tile leaves no registers: two things are stored, or inputs are so few that the
+# loop has no more steps than the pipeline stages (at 192 inputs it spills on sm_80).
 SMALLER = {1024: TileSetting(128, 128, 64, 8, 3), 128: SETTINGS[128], 0: SETTINGS[0]}
+FEW_INPUTS = SETTINGS[1024].block_inputs * SETTINGS[1024].num_stages
+# Inputs that end inside a tile, whose loads are narrow and masked.
+RAGGED = TileSetting(64, 64, 32, 4, 3)
 # Tensor cores do not keep the precision of float32; without them only small tiles fit registers.
 EXACT = TileSetting(32, 32, 32, 4, 2)
 # Tiles of rows that neighbouring programs share, so that these and their weights stay in the L2
@@ -143,5 +147,7 @@ def setting_of(dtype: torch.dtype, num_rows: int, inputs: int, keep_hidden: bool
     """The launch setting of a product with so many rows and inputs."""
     if dtype not in HALF:
         return EXACT
-    settings = SMALLER if keep_hidden or inputs % SETTINGS[1024].block_inputs else SETTINGS
+    if inputs % SETTINGS[1024].block_inputs:
+        return RAGGED
+    settings = SMALLER if keep_hidden or inputs <= FEW_INPUTS else SETTINGS
     return next(setting for least, setting in settings.items() if num_rows >= least)
