@@ -54,12 +54,14 @@ def kernel_cases() -> list[KernelCase]:
         linear_gelu(2 * 1800, 1024),
         frame_scale_shift(48, 360, 1024, 24),
         rope3d(2, 1800, 16, 64),
+        rope3d(48, 1800, 16, 64),
         diffusion_step(24, 36, 16),
         denoise(1, 22, 16, width=1280, depth=3, steps=25),
         denoise(24, 22, 16, width=1280, depth=3, steps=25),
         attention("one clip of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=1),
         attention("4 clips of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=4),
         attention("frame 8, cached", [360], heads=16, head_dim=64, batch=2, prefix=618 + 7 * 360),
+        attention("one clip of 9 frames", [618] + [360] * 8, heads=16, head_dim=96, batch=1),
     ]
 
 
