@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nova_kernels.rows import Rows
+from nova_kernels.rows import MAX_WIDTH, Rows
 from nova_kernels.triton_kernels.launch import Launch, ceil_div
-
-MAX_WIDTH = 8192
 
 
 @dataclass(frozen=True)
