@@ -1,6 +1,7 @@
 """Work recorded once and replayed: CUDA graphs, and the check that replays do the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
 from weakref import WeakSet
@@ -51,7 +52,7 @@ class CUDAGraphRecording:
             capture_error_mode="thread_local",
         )
         # Where capturing fails, torch leaves its stream the current one; here it is put back.
-        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+        with torch.cuda.stream(torch.cuda.current_stream()), _own_cublas_workspaces(), capture:
             self.output = work()
 
     def replay(self) -> None:
@@ -67,7 +68,7 @@ class CUDARecorder:
 
     def __call__(self, work: Callable[[], Tensor]) -> Recording:
         if not self._recordings:
-            # torch refuses a pool whose graphs are all gone, where cuBLAS still has memory of it.
+            # torch refuses a pool whose graphs are all gone, while it still has memory of it.
             self._pool = torch.cuda.graph_pool_handle()
         recording = CUDAGraphRecording(work, self._pool)
         self._recordings.add(recording)
@@ -76,8 +77,23 @@ class CUDARecorder:
 
 @cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One a GPU, since torch's own is of a single GPU, and cuBLAS takes memory for every stream."""
+    """One a GPU, since torch's own is of a single GPU."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _own_cublas_workspaces() -> Iterator[None]:
+    """Give what is captured inside workspaces of its graph's pool.
+
+    torch keeps cuBLAS's workspaces by stream. Graphs captured on one stream would use the same,
+    from whichever pool came first; torch 2.13 frees them with the first graph that goes, while the
+    others still write there (https://github.com/pytorch/pytorch/issues/193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def record_checked(work: Callable[[], Tensor], expected: Tensor, record: Recorder) -> Recording:

@@ -306,11 +306,13 @@ def test_weights_that_move_between_two_frames_are_followed():
 
 
 class StandInCUDA:
-    """What recording needs of torch.cuda, with the rules of memory pools and current streams."""
+    """What recording needs of torch.cuda: memory pools, current streams, cuBLAS's workspaces."""
 
     def __init__(self, monkeypatch):
         self.stream, self.pools = "default", 0
         self.graphs_of_pool = Counter()
+        self.pool_of_workspace = {}  # by stream
+        self.workspaces_used = []  # (pool of the graph, pool of the workspace)
         cuda = self
 
         class Graph:
@@ -329,6 +331,9 @@ class StandInCUDA:
         monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)
         monkeypatch.setattr("torch.cuda.stream", self.on_stream)
         monkeypatch.setattr("torch.cuda.Stream", lambda device: f"capture on {device}")
+        monkeypatch.setattr(
+            "torch._C._cuda_clearCublasWorkspaces", self.pool_of_workspace.clear, raising=False
+        )
 
     def new_pool(self):
         self.pools += 1
@@ -345,12 +350,13 @@ class StandInCUDA:
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
         before, self.stream = self.stream, stream
-        # A pool is known from its first graph on, here for good: cuBLAS has memory of it.
+        # A pool is known from its first graph on, here for good: its memory is not given back.
         if pool in self.graphs_of_pool and self.graphs_of_pool[pool] == 0:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         self.graphs_of_pool[pool] += 1
         graph.pool = pool
         yield
+        self.workspaces_used.append((pool, self.pool_of_workspace.setdefault(stream, pool)))
         self.stream = before  # not where the work fails: ending the capture fails then
 
 
@@ -373,20 +379,44 @@ def test_graphs_share_a_pool_while_there_are_any(cuda):
     assert cuda.pools == 2
 
 
-def test_a_failed_capture_leaves_the_current_stream(cuda):
+def test_graphs_use_workspaces_of_their_own_pool(cuda):
+    cuda.pool_of_workspace["capture on 0"] = "of work on that stream"
+    recorders = CUDARecorder(), CUDARecorder()
+    graphs = [record(lambda: torch.ones(1)) for record in recorders * 2]
+    assert len(graphs) == 4 and not cuda.pool_of_workspace
+    assert [used for _, used in cuda.workspaces_used] == [(0, 1), (0, 2)] * 2
+    assert all(pool == used for pool, used in cuda.workspaces_used)
+
+
+def test_a_failed_capture_leaves_no_trace(cuda):
     def fail():
         assert cuda.stream == "capture on 0"
+        cuda.pool_of_workspace[cuda.stream] = "of the failed graph's pool"
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         CUDARecorder()(fail)
-    assert cuda.stream == "default"
+    assert cuda.stream == "default" and not cuda.pool_of_workspace
+
+
+@pytest.mark.gpu
+def test_graphs_outlive_those_of_another_recorder():
+    a = torch.randn(2048, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        # Few results of long sums are computed by parts, which lie in a workspace.
+        first = CUDARecorder()(lambda: a.T @ a)
+        second = CUDARecorder()(lambda: a.T @ a)
+        second.replay()
+        expected = second.output.clone()
+        del first
+        torch.cuda.empty_cache()
+        others = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
+        second.replay()
+        assert torch.equal(second.output, expected) and not others.any()
 
 
 @pytest.mark.gpu
 def test_a_recorder_whose_graphs_are_gone():
-    # The first product on a new stream takes memory of the pool, which cuBLAS keeps.
-    graph_recording._capture_stream.cache_clear()
     record, a = CUDARecorder(), torch.randn(64, 64, device="cuda")
     with torch.inference_mode():
         for _ in range(2):
