@@ -10,7 +10,7 @@ interface stay the reference's.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ from .tuning.record import TuningRecord
 from .tuning.tuner import AppliedTuning
 
 METHOD = "generate_video"
+# The reference's own call runs these, before METHOD.
+EMBEDDINGS = ("text_embed", "label_embed", "motion_embed")
 
 
 def accelerate(
@@ -41,8 +43,13 @@ def accelerate(
 ) -> Any:
     """Replace the sampling of a reference pipeline by this package's.
 
-    Weights are shared, not copied: the pipeline may be moved, converted or fine-tuned afterwards.
-    The same seed gives the same video up to rounding.
+    Weights are shared, not copied: the pipeline may be moved, converted, fine-tuned or given other
+    weights afterwards. The same seed gives the same video up to rounding.
+
+    The transformer's modules are not run. While layers of its encoders or its diffusion MLP are
+    wrapped (adapters that are not merged), have forward hooks or a replaced `forward`, calls are
+    left to the reference, with a warning. Layers replaced by others with weights of the same names
+    and shapes are not noticed.
 
     Args:
         pipe: the reference's `NOVAPipeline` or `NOVAC2IPipeline`.
@@ -66,15 +73,22 @@ def accelerate(
         model.compile_blocks()
     graphs = SamplingGraphs() if cuda_graphs else None
     restore(pipe)
-    original = getattr(transformer, METHOD)
-    setattr(transformer, METHOD, AcceleratedSampling(transformer, model, original, graphs))
+    setattr(transformer, METHOD, AcceleratedSampling(transformer, model, graphs))
     return pipe
 
 
 def restore(pipe: Any) -> Any:
-    """Undo `accelerate`; a pipeline that is as it was stays so."""
-    # Only what this object has of its own: its class keeps the reference's method.
-    vars(_reference_transformer(pipe)).pop(METHOD, None)
+    """Undo `accelerate`; a pipeline that is as it was stays so.
+
+    Raises:
+        InputError: `pipe` is not a pipeline of the reference; it says what is missing.
+    """
+    transformer = _reference_transformer(pipe)
+    sampling = _sampling_of(transformer)
+    if sampling is not None:
+        delattr(transformer, METHOD)  # its class keeps the reference's method
+        if sampling.replaced is not None:
+            setattr(transformer, METHOD, sampling.replaced)
     return pipe
 
 
@@ -135,15 +149,16 @@ def report(pipe: Any) -> SamplingReport:
         sampler, model, left = pipe, pipe.transformer, None
     else:
         transformer = _reference_transformer(pipe)
-        sampler = vars(transformer).get(METHOD)
+        sampler = _sampling_of(transformer)
         if sampler is None:
             return SamplingReport(False, str(transformer.device), _name(transformer.dtype))
         model, left = sampler.model, sampler.left_to_reference
     graphs, tuning = sampler.graphs, sampler.tuning
     return SamplingReport(
         accelerated=True,
-        device=str(model.device),
-        dtype=_name(model.dtype),
+        # Not the model's: weights that were replaced are taken over by the next call.
+        device=str(pipe.transformer.device),
+        dtype=_name(pipe.transformer.dtype),
         backend=model.image_decoder.backend,
         compiled=model.has_compiled_blocks,
         graphs=None if graphs is None else len(graphs),
@@ -154,14 +169,15 @@ def report(pipe: Any) -> SamplingReport:
 
 
 def accelerated_sampling(pipe: Any) -> "AcceleratedSampling":
-    """What `accelerate` put into a pipeline of the reference.
+    """What `accelerate` put into a pipeline of the reference, with its weights as they are now.
 
     Raises:
-        InputError: it is none, or not accelerated.
+        InputError: it is none, not accelerated, or wrapped since.
     """
-    sampling = vars(_reference_transformer(pipe)).get(METHOD)
+    sampling = _sampling_of(_reference_transformer(pipe))
     if sampling is None:
         raise InputError("this pipeline samples by the reference: call nova.accelerate(pipe) first")
+    sampling.share_weights()
     return sampling
 
 
@@ -173,19 +189,17 @@ class AcceleratedSampling:
         graphs: CUDA graphs of set loop and video encoder, or None.
         tuning: what the model runs by, or None.
         left_to_reference: why the last call was; None: it was not.
+        replaced: what the transformer had in its class's place; None: nothing.
     """
 
     def __init__(
-        self,
-        transformer: nn.Module,
-        model: NOVATransformer,
-        original: Callable[[dict[str, Any]], None],
-        graphs: SamplingGraphs | None,
+        self, transformer: nn.Module, model: NOVATransformer, graphs: SamplingGraphs | None
     ):
         self.model, self.graphs = model, graphs
         self.tuning: AppliedTuning | None = None
         self.left_to_reference: str | None = None
-        self._transformer, self._original = transformer, original
+        self.replaced: Callable[[dict[str, Any]], None] | None = vars(transformer).get(METHOD)
+        self._transformer, self._original = transformer, getattr(transformer, METHOD)
 
     def __call__(self, inputs: dict[str, Any]) -> None:
         """Append the frames (B, channels, h, w) to the list inputs["latents"].
@@ -242,9 +256,33 @@ class AcceleratedSampling:
         try:
             self.schedule(inputs.get("num_diffusion_steps", 25))
             _guidance(inputs)
+            self.share_weights()
         except NovaError as error:
             return str(error)
         return None
+
+    def share_weights(self) -> None:
+        """Take the reference's tensors as they are now: others may have been put there since.
+
+        Raises:
+            InputError: there are others under other names or of other shapes, or layers with hooks
+                or a forward of their own. The model would not compute what the reference does.
+        """
+        tensors = self._transformer.state_dict(keep_vars=True)
+        changed = _shapes(self.model.state_dict()).items() ^ _shapes(tensors).items()
+        if changed:
+            raise InputError(
+                "weights of the transformer were added, removed or reshaped since nova.accelerate, "
+                f"such as {min(changed)[0]}. Merge an adapter into the weights or take it off, or "
+                "keep it and call nova.restore(pipe)"
+            )
+        altered = _altered_layer(self._transformer)
+        if altered is not None:
+            raise InputError(
+                f"{altered} has forward hooks or a forward of its own, which nova would not run. "
+                "Take them off, or keep them and call nova.restore(pipe)"
+            )
+        _share(self.model, tensors)
 
     def schedule(self, num_steps: int) -> DiffusionSchedule:
         """The table of the scheduler as it is now: a call may have set its shift."""
@@ -266,18 +304,43 @@ def _reference_transformer(pipe: Any) -> nn.Module:
     return transformer
 
 
+def _sampling_of(transformer: nn.Module) -> AcceleratedSampling | None:
+    # Others may have put something there too.
+    found = vars(transformer).get(METHOD)
+    return found if isinstance(found, AcceleratedSampling) else None
+
+
 def _shared_model(transformer: nn.Module) -> NOVATransformer:
     """This package's model made of the reference's own parameters."""
     config = ModelConfig.from_dict(dict(transformer.config))
     with torch.device("meta"):
         model = NOVATransformer(config)
-    # Parameters themselves, so that moving the pipeline moves them here as well.
-    state = transformer.state_dict(keep_vars=True)
-    for name, parameter in model.named_parameters():
-        if name in state:  # which loading would change in the reference
-            parameter.requires_grad_(state[name].requires_grad)
-    load_strict(model, state, f"the {type(transformer).__name__}")
+    # For its checks alone: it copies some tensors, and sets requires_grad.
+    load_strict(model, transformer.state_dict(), f"the {type(transformer).__name__}")
+    _share(model, transformer.state_dict(keep_vars=True))
     return model.eval()
+
+
+def _share(model: NOVATransformer, tensors: Mapping[str, Tensor]) -> None:
+    """Put in the tensors themselves, so that moving the pipeline moves them here as well."""
+    for name, tensor in tensors.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, tensor)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _altered_layer(transformer: nn.Module) -> str | None:
+    """A layer that computes more than its weights tell, among those that the sampling replaces."""
+    for name, module in transformer.named_modules():
+        # The transformer itself and its embeddings are run as they are.
+        if not name or name.split(".")[0] in EMBEDDINGS:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return name
+    return None
 
 
 def _guidance(inputs: dict[str, Any]) -> Guidance:

@@ -5,7 +5,7 @@ give the same. Where it does not, or where recording fails, a warning says so on
 sampling is computed as usual from then on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .conditioning import Conditioning
 from .graph_cache import GraphCache
@@ -21,8 +21,8 @@ from .video_graphs import RecordedContext, graphed_context
 class SamplingGraphs:
     """Graphs of the set loop and of the video encoder. Keep it from run to run.
 
-    The graphs of one kind of run are kept at a time: sizes, numbers of the sampler, dtype, device
-    and the addresses of the weights. Another kind drops them.
+    The graphs of one kind of run are kept at a time: sizes, numbers of the sampler, dtype, device,
+    backends of the ops and the addresses of the weights. Another kind drops them.
 
     Args:
         make_recorder: makes what records; CUDA graphs of one memory pool by default.
@@ -54,9 +54,9 @@ class SamplingGraphs:
         self.frames.clear()
         self._record = None
 
-    def steps(self, steps: SetSteps) -> SetSteps:
-        """The steps of a run, recorded or to be recorded."""
-        return GraphedSteps(self.sets, steps)
+    def steps(self, steps: SetSteps, set_sizes: Sequence[int]) -> SetSteps:
+        """The steps of a run with these sets, recorded or to be recorded."""
+        return GraphedSteps(self.sets, steps, set_sizes)
 
     def video_context(
         self,

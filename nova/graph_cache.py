@@ -4,7 +4,11 @@ import warnings
 from collections.abc import Callable, Hashable, Sized
 from typing import Generic, TypeVar
 
-from .graph_recording import Recorder
+from torch import Tensor, nn
+
+from nova_kernels.dispatch import requested
+
+from .graph_recording import Recorder, RecordingError
 from .model import NOVATransformer
 
 Recorded = TypeVar("Recorded", bound=Sized)
@@ -56,13 +60,34 @@ class GraphCache(Generic[Recorded]):
 
 
 def weights_key(model: NOVATransformer) -> Hashable:
-    """What graphs depend on in a model: where its weights are, and which kernels it runs by."""
+    """What graphs depend on in a model: where its weights are, and which kernels it runs by.
+
+    Raises:
+        RecordingError: parts of it may do something else each time, which replays would not follow.
+    """
+    for name, module in model.named_modules():
+        _check_fixed(name, module)
     modules = list(model.modules())
     return (
-        tuple(module.backend for module in modules if hasattr(module, "backend")),
+        tuple(requested(module.backend) for module in modules if hasattr(module, "backend")),
         tuple(
             module.attention_library for module in modules if hasattr(module, "attention_library")
         ),
         # Strides too: a weight in another layout may come to lie where one was before.
         tuple((parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()),
     )
+
+
+def _check_fixed(name: str, module: nn.Module) -> None:
+    """Raises RecordingError where more than weights may decide what a module computes."""
+    kind = type(module)
+    # Adapters and parametrisations are modules of other packages or of other parts of torch.
+    if not f"{kind.__module__}.".startswith((f"{__package__}.", "torch.nn.modules.")):
+        reason = f"is a {kind.__name__}"
+    elif module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        reason = "has hooks"
+    elif not all(type(p) in (Tensor, nn.Parameter) for p in module.parameters(recurse=False)):
+        reason = "has weights of a kind of their own"
+    else:
+        return
+    raise RecordingError(f"{name or 'the model'} {reason}, whose changes replays would not follow")

@@ -1,7 +1,8 @@
 """Work recorded once and replayed: CUDA graphs, and the check that replays do the same."""
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Protocol
 from weakref import WeakSet
@@ -28,6 +29,9 @@ class Recording(Protocol):
 
 Recorder = Callable[[Callable[[], Tensor]], Recording]
 
+# torch captures one graph at a time in a process.
+_CAPTURE = threading.Lock()
+
 
 class RecordingError(RuntimeError):
     """Work that cannot be recorded, or a replay that does something else."""
@@ -44,15 +48,15 @@ class CUDAGraphRecording:
 
     def __init__(self, work: Callable[[], Tensor], pool: tuple[int, int]):
         self._graph = torch.cuda.CUDAGraph()
+        device = torch.cuda.current_device()
         # Other threads, such as one that reads data, may go on using the GPU.
         capture = torch.cuda.graph(
             self._graph,
             pool=pool,
-            stream=_capture_stream(torch.cuda.current_device()),
+            stream=_capture_stream(device),
             capture_error_mode="thread_local",
         )
-        # Where capturing fails, torch leaves its stream the current one; here it is put back.
-        with torch.cuda.stream(torch.cuda.current_stream()), _own_cublas_workspaces(), capture:
+        with _CAPTURE, _undone_if_failed(device, pool), _own_cublas_workspaces(), capture:
             self.output = work()
 
     def replay(self) -> None:
@@ -79,6 +83,23 @@ class CUDARecorder:
 def _capture_stream(device: int) -> torch.cuda.Stream:
     """One a GPU, since torch's own is of a single GPU."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _undone_if_failed(device: int, pool: tuple[int, int]) -> Iterator[None]:
+    """Take back what torch leaves of a capture that failed inside, so that work can go on."""
+    with torch.cuda.stream(torch.cuda.current_stream()):  # torch leaves the capture's
+        try:
+            yield
+        except BaseException:
+            # torch's generator would refuse to draw outside graphs; a copy of its state does not.
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
+            # Until torch 2.12 allocations went on into the pool, and freeing memory failed
+            # (https://github.com/pytorch/pytorch/pull/180395). Later ones refuse to end that twice.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device, pool)
+            raise
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from nova_kernels import residual_norm, scale_shift
 from nova_kernels.head_weights import BlockWeights, HeadWeights, with_unit_scale
 from nova_kernels.ops.denoise import ADA_NORM_EPS
 
-from .layers import PatchEmbed
+from .errors import InputError
+from .layers import PatchEmbed, is_plain
 from .positions import timestep_features
 
 
@@ -125,6 +126,9 @@ class PreparedHead:
         head: the trained layer; its weights are read, not copied, except for small ones.
         timesteps: (D,) diffusion times of the loop.
 
+    Raises:
+        InputError: a layer was wrapped, replaced or hooked, so that its weights are not all of it.
+
     Attributes:
         weights: of what is in the loop.
         time_embeddings: (D, dim).
@@ -139,15 +143,17 @@ class PreparedHead:
             embed=(head.patch_embed.token_weight(), head.patch_embed.proj.bias),
             blocks=tuple(
                 BlockWeights(
-                    *(_linear(layer) for layer in (block.proj.fc1, block.proj.fc2, block.norm2))
+                    _weights(block.proj.fc1),
+                    _weights(block.proj.fc2),
+                    _weights(block.norm2, nn.LayerNorm),
                 )
                 for block in head.blocks
             ),
             modulations=tuple(
-                with_unit_scale(*_linear(modulation.proj))
+                with_unit_scale(*_weights(modulation.proj))
                 for modulation in (*(block.norm1 for block in head.blocks), head.norm)
             ),
-            head=_linear(head.head),
+            head=_weights(head.head),
         )
 
     def condition(self, cond: Tensor) -> Tensor:
@@ -155,5 +161,12 @@ class PreparedHead:
         return self._embed.condition_proj(cond)
 
 
-def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _weights(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer of torch's `kind`; what else it did would be passed over."""
+    if not is_plain(layer, kind):
+        raise InputError(
+            "the denoise loop reads the weights of the diffusion MLP's layers, and one of them, of "
+            f"type {type(layer).__name__}, does more than a plain {kind.__name__}: merge adapters "
+            "into the weights, and remove hooks"
+        )
     return layer.weight, layer.bias

@@ -128,14 +128,14 @@ class Attention(nn.Module):
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is one of torch's with a bias, and nobody replaced a part of it or listens.
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer is torch's `kind` with a bias, and nobody replaced a part of it or listens.
 
     Only of such layers may weight and bias be used past the layer itself: adapters, quantised
     weights and hooks would be passed over.
     """
     return (
-        type(layer) is nn.Linear
+        type(layer) is kind
         and type(layer.weight) in (Tensor, nn.Parameter)
         and layer.bias is not None
         and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -158,7 +158,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        if LINEAR_GELU.choose(self.backend, x) == "reference" or not is_plain_linear(fc1):
+        if LINEAR_GELU.choose(self.backend, x) == "reference" or not is_plain(fc1):
             return self.fc2(F.gelu(fc1(x)))
         return self.fc2(linear_gelu(x, fc1.weight, fc1.bias, backend=self.backend))
 

@@ -1,6 +1,7 @@
 """Random draws of a run, in the reference's order, from one generator or one a sample."""
 
 import copy
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from .errors import InputError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+# Of draws that have not arrived on the GPU. Enough for several sets of a large batch.
+MAX_BYTES_ON_THE_WAY = 64 << 20
 
 
 class NoiseSource:
@@ -45,6 +49,7 @@ class NoiseSource:
         self._dtype = dtype
         self._device = device
         self._rows = slice(None)
+        self._transfer = PinnedTransfer(device) if device.type == "cuda" else None
 
     def uniform(self, *shape: int) -> Tensor:
         """(batch_size, *shape) from [0, 1)."""
@@ -83,10 +88,40 @@ class NoiseSource:
         draws = []
         for generator in self._generators:
             device = self._device if generator is None else generator.device
-            x = torch.empty(rows, *shape, dtype=self._dtype, device=device)
-            draws.append(fill(x, generator).to(self._device))
+            if self._transfer is not None and device.type == "cpu":
+                x = torch.empty(rows, *shape, dtype=self._dtype, pin_memory=True)
+                draws.append(self._transfer.send(fill(x, generator)))
+            else:
+                x = torch.empty(rows, *shape, dtype=self._dtype, device=device)
+                draws.append(fill(x, generator).to(self._device))
         whole = draws[0] if len(draws) == 1 else torch.cat(draws)
         return whole[self._rows]
+
+
+class PinnedTransfer:
+    """Sends draws to a GPU without waiting for it, which would otherwise idle during the next ones.
+
+    It waits only where more than `MAX_BYTES_ON_THE_WAY` have not arrived.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._arrivals: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._bytes = 0
+
+    def send(self, x: Tensor) -> Tensor:
+        """A copy on the GPU of `x`, which lies in pinned memory and may be dropped at once."""
+        # torch keeps the memory of `x` until it is copied.
+        sent = x.to(self._device, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(torch.cuda.current_stream(self._device))
+        self._arrivals.append((x.nbytes, arrival))
+        self._bytes += x.nbytes
+        while self._bytes > MAX_BYTES_ON_THE_WAY:
+            size, arrival = self._arrivals.popleft()
+            arrival.synchronize()
+            self._bytes -= size
+        return sent
 
 
 def _state(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from nova_kernels import onednn
 from nova_kernels.dispatch import requested
 from nova_kernels.onednn import PackedLinear
 
-from .layers import Attention, Block, Mlp, is_plain_linear
+from .layers import Attention, Block, Mlp, is_plain
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -35,7 +35,7 @@ def _can_pack(block: Block) -> bool:
     if {requested(block.backend), requested(mlp.backend)} != {"auto"}:
         return False
     layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    if not all(is_plain_linear(layer) and onednn.is_usable(layer.weight) for layer in layers):
+    if not all(is_plain(layer) and onednn.is_usable(layer.weight) for layer in layers):
         return False
     # What is attached to the MLP goes with it; a copy would forget that it was compiled.
     changed = mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in vars(mlp)

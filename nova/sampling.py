@@ -94,7 +94,7 @@ def generate_frames(
         if graphs is None:
             context = VideoContext(model, conditioning, guidance, window)
         else:
-            steps = graphs.steps(steps)
+            steps = graphs.steps(steps, set_sizes)
             context = graphs.video_context(model, conditioning, guidance, window)
         order: TokenOrder | None = None
     with closing(context):
@@ -170,25 +170,26 @@ def generate_frame(
     config, schedule, guidance = steps.model.config, steps.schedule, steps.guidance
     patch_embed = steps.model.image_encoder.patch_embed
     tokens = cond.new_zeros(*order.order.shape, config.token_dim)
-    tensors = steps.begin_frame(cond, order)
     start = 0
-    for index, size in enumerate(set_sizes):
-        stop = start + size
-        noisy = NoisyTokens(noise, order, start, stop, config.latent_shape, config.patch_size)
-        tokens[:, start:stop] = steps.run(
-            tensors,
-            SetNoise.draw(noisy, schedule, guidance),
-            SetNumbers(start, stop, guidance.scale_at(index, len(set_sizes))),
-        )
-        changed = start
-        if on_set_end is not None:
-            latents = unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)
-            replaced = on_set_end(SetEnd(frame, index, len(set_sizes), latents))
-            if replaced is not None:
-                raster = patchify(replaced.to(tokens), config.patch_size)
-                tokens[:, :stop] = order.select(raster, 0, stop)
-                changed = 0
-        fresh = patch_embed.embed_tokens(tokens[:, changed:stop]) + order.positions[:, changed:stop]
-        tensors.embedded[:, changed:stop] = fresh.repeat(order.passes, 1, 1)
-        start = stop
+    with steps.frame(cond, order) as tensors:
+        for index, size in enumerate(set_sizes):
+            stop = start + size
+            noisy = NoisyTokens(noise, order, start, stop, config.latent_shape, config.patch_size)
+            tokens[:, start:stop] = steps.run(
+                tensors,
+                SetNoise.draw(noisy, schedule, guidance),
+                SetNumbers(start, stop, guidance.scale_at(index, len(set_sizes))),
+            )
+            changed = start
+            if on_set_end is not None:
+                latents = unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)
+                replaced = on_set_end(SetEnd(frame, index, len(set_sizes), latents))
+                if replaced is not None:
+                    raster = patchify(replaced.to(tokens), config.patch_size)
+                    tokens[:, :stop] = order.select(raster, 0, stop)
+                    changed = 0
+            fresh = patch_embed.embed_tokens(tokens[:, changed:stop])
+            fresh = fresh + order.positions[:, changed:stop]
+            tensors.embedded[:, changed:stop] = fresh.repeat(order.passes, 1, 1)
+            start = stop
     return unpatchify(order.to_raster(tokens), config.patch_size, config.latent_size)

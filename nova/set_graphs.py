@@ -4,7 +4,8 @@ The shapes of a step depend on its place in the frame alone, so that one graph a
 frames, and all runs of the same sizes.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,21 +20,46 @@ from .token_order import TokenOrder
 
 
 class GraphedSteps(SetSteps):
-    """The steps of a run, replayed where there is a graph."""
+    """The steps of a run, replayed where there is a graph.
 
-    def __init__(self, cache: "GraphCache[RecordedSteps]", steps: SetSteps):
+    Args:
+        set_sizes: of the run; others would need other graphs.
+    """
+
+    def __init__(
+        self, cache: "GraphCache[RecordedSteps]", steps: SetSteps, set_sizes: Sequence[int]
+    ):
         super().__init__(steps.model, steps.head, steps.schedule, steps.guidance, steps.blocks)
         self._cache = cache
+        self._set_sizes = tuple(set_sizes)
         self._recorded: RecordedSteps | None = None
 
-    def begin_frame(self, cond: Tensor, order: TokenOrder) -> FrameTensors:
+    @contextmanager
+    def frame(self, cond: Tensor, order: TokenOrder) -> Iterator[FrameTensors]:
+        recorded = self._recorded_steps(cond, order)
+        # A callback may sample another clip inside a frame, whose tensors are in use.
+        if recorded is None or recorded.in_use:
+            with super().frame(cond, order) as tensors:
+                yield tensors
+            return
+        recorded.in_use, self._recorded = True, recorded
+        del recorded  # so that it is freed where recording fails
+        try:
+            yield self._recorded.begin_frame(self, cond, order)
+        finally:
+            if self._recorded is not None:
+                self._recorded.in_use, self._recorded = False, None
+
+    def _recorded_steps(self, cond: Tensor, order: TokenOrder) -> "RecordedSteps | None":
         if self._cache.failure is not None:
-            self._recorded = None
-            return super().begin_frame(cond, order)
-        self._recorded = self._cache.get(
-            self._key(cond, order), lambda record: RecordedSteps(self, cond, order, record)
-        )
-        return self._recorded.begin_frame(self, cond, order)
+            return None
+        try:
+            return self._cache.get(
+                self._key(cond, order), lambda record: RecordedSteps(self, cond, order, record)
+            )
+        except RecordingError as error:
+            self._cache.give_up(str(error))
+            return None
 
     def run(self, frame: FrameTensors, drawn: SetNoise, numbers: SetNumbers) -> Tensor:
         # Failures are forgotten when graphs are dropped, as a callback may do inside a frame.
@@ -55,6 +81,7 @@ class GraphedSteps(SetSteps):
             order.rotary is None,
             cond.dtype,
             cond.device,
+            self._set_sizes,
             self.schedule,
             self.guidance,
             weights_key(self.model),
@@ -66,6 +93,9 @@ class RecordedSteps:
 
     Args:
         steps: of the first such run; later ones have the same shapes.
+
+    Attributes:
+        in_use: whether a frame is being made in that memory.
     """
 
     def __init__(self, steps: SetSteps, cond: Tensor, order: TokenOrder, record: Recorder):
@@ -73,6 +103,7 @@ class RecordedSteps:
             steps.model, steps.head, steps.schedule, steps.guidance, steps.blocks
         )
         self._record = record
+        self.in_use = False
         rotary = order.rotary
         if rotary is not None:
             rotary = Rotary(rotary.cos.clone(), rotary.sin.clone())

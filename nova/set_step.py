@@ -3,7 +3,8 @@
 The step is a function of tensors alone, its noise included, so that it can be recorded (engine.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,13 @@ class SetSteps:
         self.model, self.head, self.blocks = model, head, blocks
         self.schedule, self.guidance = schedule, guidance
 
-    def begin_frame(self, cond: Tensor, order: TokenOrder) -> FrameTensors:
-        """The tensors of a new frame; the caller writes what is revealed into `embedded`."""
-        return FrameTensors.of(cond, order)
+    @contextmanager
+    def frame(self, cond: Tensor, order: TokenOrder) -> Iterator[FrameTensors]:
+        """The tensors of a new frame; the caller writes what is revealed into `embedded`.
+
+        Inside, `run` makes the frame's sets.
+        """
+        yield FrameTensors.of(cond, order)
 
     def run(self, frame: FrameTensors, drawn: SetNoise, numbers: SetNumbers) -> Tensor:
         """(B, stop - start, token_dim) clean tokens; they are valid until the next step."""

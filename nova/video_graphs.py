@@ -57,8 +57,7 @@ class RecordedContext(VideoContext):
         self.in_use = False
 
     def _read(self, latents: Tensor | None, start: int, stop: int) -> Tensor:
-        # Weights may have been moved between two frames.
-        if self._cache.failure is not None or weights_key(self._model) != self._weights:
+        if self._cache.failure is not None or self._changed():
             return super()._read(latents, start, stop)
         if (start, stop) in self._recordings:
             kept, recording = self._recordings[start, stop]
@@ -82,6 +81,13 @@ class RecordedContext(VideoContext):
         # A wrong replay may have left wrong keys and values.
         return work()
 
+    def _changed(self) -> bool:
+        """Whether the model was moved or changed since the run began, as a callback may do."""
+        try:
+            return weights_key(self._model) != self._weights
+        except RecordingError:
+            return True  # the next run says why
+
 
 def graphed_context(
     cache: GraphCache[RecordedContext],
@@ -94,7 +100,11 @@ def graphed_context(
     run = model, conditioning, guidance, num_frames
     if cache.failure is not None:
         return VideoContext(*run)
-    recorded = cache.get(_key(*run), lambda record: RecordedContext(cache, *run, record))
+    try:
+        recorded = cache.get(_key(*run), lambda record: RecordedContext(cache, *run, record))
+    except RecordingError as error:
+        cache.give_up(str(error))
+        return VideoContext(*run)
     # Two clips may be streamed in turn; keys and values are one clip's until its end.
     if recorded.in_use:
         return VideoContext(*run)

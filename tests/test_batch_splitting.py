@@ -67,18 +67,21 @@ def room_for(pipe, samples, *, make_error=gpu_error, passes=2, seen=None):
     It does so after all draws of the step: generators that are not put back would show.
     """
 
-    def check(module, arguments):
-        count = len(arguments[0]) // passes
+    encode_image = pipe.transformer.encode_image
+
+    def checked(cond, *arguments, **options):
+        count = len(cond) // passes
         if seen is not None:
             seen.append(count)
         if count > samples:
             raise make_error()
+        return encode_image(cond, *arguments, **options)
 
-    hook = pipe.transformer.image_encoder.blocks[0].register_forward_pre_hook(check)
+    pipe.transformer.encode_image = checked
     try:
         yield
     finally:
-        hook.remove()
+        del pipe.transformer.encode_image
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import threading
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -85,6 +87,7 @@ def test_another_kind_of_run_is_recorded_anew():
         before = len(made)
         result = sample(model, graphs=graphs, **change)
         assert len(made) > before and torch.equal(result, sample(model, **change))
+    assert len(graphs.sets) == 3  # those of other sets are gone
     model.double().float()  # other addresses
     before = len(made)
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) > before
@@ -98,6 +101,107 @@ def test_another_layout_at_the_same_address_is_recorded_anew():
     before, weight.data = weight.data_ptr(), weight.data.t()  # it is square
     assert weight.data_ptr() == before
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) == 14
+
+
+def test_another_backend_is_recorded_anew(monkeypatch):
+    model, graphs = small_model(), repeating_graphs()
+    made = count_recordings(graphs)
+    sample(model, graphs=graphs)
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", "reference")
+    assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) == 14
+
+
+class Scaled(torch.nn.Linear):
+    """A layer as an adapter makes it, with a number that is no weight."""
+
+    number = 1.0
+
+    def forward(self, x):
+        return self.number * super().forward(x)
+
+
+def with_adapter(model):
+    layer = model.image_encoder.blocks[0].mlp.fc2
+    layer.__class__ = Scaled
+    return layer
+
+
+def with_hook(model):
+    layer = model.image_encoder.blocks[0]
+    layer.number = 1.0
+    layer.register_forward_hook(lambda layer, inputs, output: layer.number * output)
+    return layer
+
+
+def with_kept_method(model):
+    layer = model.video_encoder.blocks[0].attn.proj
+    layer.number, forward = 1.0, layer.forward
+    layer.forward = lambda x: layer.number * forward(x)
+    return layer
+
+
+class Marked(torch.nn.Parameter):
+    """A weight of a kind of its own, as quantised ones are."""
+
+
+def with_marked_weight(model):
+    layer = model.image_encoder.blocks[0].attn.qkv
+    layer.weight = Marked(layer.weight.data, requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (with_adapter, "image_encoder.blocks.0.mlp.fc2 is a Scaled"),
+        (with_hook, "image_encoder.blocks.0 has hooks"),
+        (with_kept_method, "video_encoder.blocks.0.attn.proj has hooks"),
+        (with_marked_weight, "image_encoder.blocks.0.attn.qkv has weights of a kind of their own"),
+    ],
+)
+def test_what_replays_would_not_follow_is_not_recorded(change, what):
+    model, graphs = small_model(), repeating_graphs()
+    sample(model, graphs=graphs)
+    layer = change(model)
+    with pytest.warns(UserWarning, match=what):
+        before = sample(model, graphs=graphs)
+    layer.number = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = sample(model, graphs=graphs)
+    assert torch.equal(result, sample(model)) and len(graphs) == 0
+    if change is not with_marked_weight:
+        assert not torch.equal(result, before)
+
+
+def test_a_hook_that_a_callback_adds():
+    def add(step):
+        if (step.frame, step.set_index) == (1, 3):
+            model.image_encoder.norm.register_forward_hook(lambda layer, x, output: 0.5 * output)
+
+    model, graphs = small_model(), repeating_graphs()
+    sample(model, graphs=graphs)
+    with pytest.warns(UserWarning, match="image_encoder.norm has hooks"):
+        result = sample(model, graphs=graphs, on_set_end=add)
+    model = small_model()
+    assert torch.equal(result, sample(model, on_set_end=add))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_clip_that_a_callback_makes_inside_a_frame(batch):
+    def sample_another(step):
+        if (step.frame, step.set_index) == (1, 1):
+            others.append(sample(model, batch=batch, graphs=graphs, generator=seeded(5)))
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    model, graphs, others = small_model(), repeating_graphs(), []
+    for _ in range(2):
+        result = sample(model, graphs=graphs, on_set_end=sample_another)
+        assert torch.equal(result, sample(model))
+    expected = sample(model, batch=batch, generator=seeded(5))
+    assert len(others) == 2 and all(torch.equal(other, expected) for other in others)
 
 
 def test_latents_that_a_callback_replaces():
@@ -311,6 +415,8 @@ class StandInCUDA:
     def __init__(self, monkeypatch):
         self.stream, self.pools = "default", 0
         self.graphs_of_pool = Counter()
+        self.captures_underway = set()  # pools
+        self.generator = StandInGenerator()
         self.pool_of_workspace = {}  # by stream
         self.workspaces_used = []  # (pool of the graph, pool of the workspace)
         cuda = self
@@ -331,6 +437,8 @@ class StandInCUDA:
         monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)
         monkeypatch.setattr("torch.cuda.stream", self.on_stream)
         monkeypatch.setattr("torch.cuda.Stream", lambda device: f"capture on {device}")
+        monkeypatch.setattr("torch.cuda.default_generators", [self.generator])
+        monkeypatch.setattr("torch._C._cuda_endAllocateToPool", self.end_allocation, raising=False)
         monkeypatch.setattr(
             "torch._C._cuda_clearCublasWorkspaces", self.pool_of_workspace.clear, raising=False
         )
@@ -347,6 +455,11 @@ class StandInCUDA:
         finally:
             self.stream = before
 
+    def end_allocation(self, device, pool):
+        if pool not in self.captures_underway:
+            raise RuntimeError("INTERNAL ASSERT FAILED")
+        self.captures_underway.remove(pool)
+
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
         before, self.stream = self.stream, stream
@@ -355,9 +468,26 @@ class StandInCUDA:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         self.graphs_of_pool[pool] += 1
         graph.pool = pool
+        self.captures_underway.add(pool)
+        self.generator.is_capturing = True
         yield
         self.workspaces_used.append((pool, self.pool_of_workspace.setdefault(stream, pool)))
-        self.stream = before  # not where the work fails: ending the capture fails then
+        # None of this where the work fails: ending the capture fails then.
+        self.end_allocation(0, pool)
+        self.generator.is_capturing = False
+        self.stream = before
+
+
+class StandInGenerator:
+    """torch's generator of a GPU, which draws for graphs alone while one is captured."""
+
+    is_capturing = False
+
+    def clone_state(self):
+        return StandInGenerator()
+
+    def graphsafe_set_state(self, other):
+        self.is_capturing = other.is_capturing
 
 
 @pytest.fixture
@@ -388,15 +518,51 @@ def test_graphs_use_workspaces_of_their_own_pool(cuda):
     assert all(pool == used for pool, used in cuda.workspaces_used)
 
 
-def test_a_failed_capture_leaves_no_trace(cuda):
+@pytest.mark.parametrize("torch_ends_allocation", [False, True])
+def test_a_failed_capture_leaves_no_trace(cuda, torch_ends_allocation):
     def fail():
-        assert cuda.stream == "capture on 0"
+        assert cuda.stream == "capture on 0" and cuda.generator.is_capturing
         cuda.pool_of_workspace[cuda.stream] = "of the failed graph's pool"
+        if torch_ends_allocation:
+            cuda.captures_underway.clear()
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         CUDARecorder()(fail)
     assert cuda.stream == "default" and not cuda.pool_of_workspace
+    assert not cuda.captures_underway and not cuda.generator.is_capturing
+
+
+def test_one_graph_is_captured_at_a_time(cuda):
+    def capture(index):
+        captured.append(CUDARecorder()(lambda: torch.ones(1) + waited(index)))
+
+    def waited(index):
+        underway.append(len(cuda.captures_underway))
+        started.set()
+        time.sleep(0.05 if index == 0 else 0)
+        return index
+
+    captured, underway, started = [], [], threading.Event()
+    threads = [threading.Thread(target=capture, args=(index,)) for index in range(2)]
+    threads[0].start()
+    assert started.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert len(captured) == 2 and underway == [1, 1]
+
+
+@pytest.mark.gpu
+def test_work_goes_on_after_a_failed_capture():
+    a = torch.randn(64, 64, device="cuda")
+    with pytest.raises(RuntimeError):
+        CUDARecorder()(lambda: a * a.sum().item())  # which waits
+    torch.randn(4, device="cuda")
+    torch.cuda.empty_cache()
+    recording = CUDARecorder()(lambda: a + 1)
+    recording.replay()
+    assert torch.equal(recording.output, a + 1)
 
 
 @pytest.mark.gpu

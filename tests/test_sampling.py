@@ -9,7 +9,7 @@ from nova.conditioning import Conditioning
 from nova.errors import InputError
 from nova.guidance import Guidance
 from nova.head import PreparedHead
-from nova.noise import NoiseSource
+from nova.noise import NoiseSource, PinnedTransfer
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
@@ -127,6 +127,26 @@ def test_no_host_synchronisation_in_the_loops(config, guidance, schedule):
         assert sample(model, sampler, **options).device == model.device
 
 
+class Adapter(torch.nn.Module):
+    """A layer wrapped as PEFT does, with the inner one's weights as its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return self.inner(x) + x.sum()
+
+
+def test_adapters_of_the_diffusion_mlp_are_not_passed_over():
+    model = small_model()
+    projector = model.image_decoder.blocks[1].proj
+    projector.fc2 = Adapter(projector.fc2)
+    with pytest.raises(InputError, match="type Adapter.* than a plain Linear: merge adapters"):
+        sample(model)
+    assert torch.isfinite(sample(model, generate_frames_plain)).all()
+
+
 # Generators ----------------------------------------------------------------------------------
 
 
@@ -149,6 +169,48 @@ def test_a_sample_does_not_depend_on_its_batch(schedule):
     together = sample(model, batch=3, prompts=prompts, generator=generators(5, 6, 7), **options)
     alone = sample(model, batch=1, prompts=prompts[1:2], generator=generators(6), **options)
     assert_same(together[1:2], alone)
+
+
+def test_draws_on_their_way_to_a_gpu_are_few(monkeypatch):
+    class Event:
+        def __init__(self):
+            self.number = len(events)
+            events.append(self)
+
+        def record(self, stream):
+            assert stream == "of the device"
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    events, waited = [], []
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: "of the device")
+    monkeypatch.setattr("nova.noise.MAX_BYTES_ON_THE_WAY", 100)
+    transfer = PinnedTransfer(torch.device("cpu"))
+    for size in (10, 10, 5, 30, 1):
+        x = torch.randn(size)
+        assert torch.equal(transfer.send(x), x)
+    assert len(events) == 5 and waited == [0, 1, 2, 3]  # 120 bytes alone are too many
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_draws_for_a_gpu_do_not_wait_for_it(count):
+    device = torch.device("cuda", 0)
+    sources = [
+        NoiseSource(generators(*range(count)), count, dtype=torch.bfloat16, device=place)
+        for place in (torch.device("cpu"), device)
+    ]
+    busy = torch.zeros(2048, 2048, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy = busy @ busy
+        drawn = [sources[1].normal(4, 32) for _ in range(50)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for x in drawn:
+        assert torch.equal(x.cpu(), sources[0].normal(4, 32))
 
 
 def test_generators_must_be_one_a_sample():
