@@ -20,7 +20,7 @@ import torch
 from card_facts import card_facts
 from ceilings import measure_ceilings
 from fps_measure import measure
-from fps_plot import plot, require_matplotlib
+from fps_plot import check_plot, plot
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
@@ -28,8 +28,9 @@ from measure import machine, write_rows
 from reference_package import import_reference
 
 from nova.devices import check_device, free_memory
-from nova.errors import NovaError
+from nova.errors import InputError, NovaError
 from nova_kernels.dispatch import BACKENDS
+from nova_kernels.errors import BackendError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +71,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_file(path: Path) -> None:
+    """Check before long work that a file of any kind can be written; missing folders are created.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("a"):  # what is in it stays
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+
+
 def main() -> int:
     parser = build_parser()
     arguments = parser.parse_args()
@@ -90,9 +108,12 @@ def main() -> int:
             repeats=arguments.repeats,
         )
         if arguments.plot:
-            require_matplotlib()
+            check_plot(arguments.plot)
         if arguments.against is not None:
             import_reference()
+        for path in (arguments.json, arguments.plot):
+            if path is not None:
+                check_file(path)
     except NovaError as error:
         parser.error(str(error))
     except ImportError as error:
@@ -132,7 +153,7 @@ def main() -> int:
                     seconds=seconds,
                     say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
                 )
-            except NovaError as error:
+            except (NovaError, BackendError) as error:
                 parser.error(str(error))
             except torch.OutOfMemoryError:
                 print("not enough memory", file=sys.stderr, flush=True)

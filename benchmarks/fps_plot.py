@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fps_table import workload_name
 
-from nova.errors import DependencyError
+from nova.errors import DependencyError, InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +16,23 @@ DPI = 120
 Row = dict[str, Any]
 
 
-def require_matplotlib() -> None:
-    """Raises DependencyError: there is no matplotlib."""
+def check_plot(path: Path) -> None:
+    """Check before long work that `plot` knows the format of a file.
+
+    Raises:
+        DependencyError: there is no matplotlib.
+        InputError: the name ends in something else.
+    """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise DependencyError(
             "--plot needs matplotlib: pip install 'nova-kernels[train]'"
         ) from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        endings = ", ".join(f".{name}" for name in formats)
+        raise InputError(f"--plot {path}: the name must end in one of {endings}")
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from nova.conditioning import Conditioning
 from nova.engine import SamplingGraphs
+from nova.graph_recording import RecordingError
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
@@ -59,6 +59,19 @@ class ReferenceOpsSampler:
         return generate_frames(self._reference, conditioning, **options)
 
 
+class GraphsSampler:
+    """The exact sampler from CUDA graphs."""
+
+    def __init__(self) -> None:
+        self._graphs = SamplingGraphs()
+
+    def __call__(
+        self, model: NOVATransformer, conditioning: Conditioning, **options: Any
+    ) -> Iterator[Tensor]:
+        frames = generate_frames(model, conditioning, graphs=self._graphs, **options)
+        return _from_graphs(self._graphs, frames)
+
+
 class TunedSampler:
     """The exact sampler after `nova.tune`, from CUDA graphs on a GPU."""
 
@@ -90,7 +103,7 @@ class TunedSampler:
             self._model, self._tuned, self.tuning = model, share_weights(model), None
             run = TunedRun(self._tuned, schedule, guidance, set_sizes, conditioning.batch_size)
             print(tune_sampler(self, run), file=sys.stderr)
-        return generate_frames(
+        frames = generate_frames(
             self._tuned,
             conditioning,
             schedule=schedule,
@@ -99,6 +112,19 @@ class TunedSampler:
             graphs=self.graphs,
             **options,
         )
+        return frames if self.graphs is None else _from_graphs(self.graphs, frames)
+
+
+def _from_graphs(graphs: SamplingGraphs, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The frames of a run from graphs.
+
+    Raises:
+        RecordingError: in the end, if a part was not recorded. Sampling goes on without graphs
+            then, and its time would pass for that of graphs.
+    """
+    yield from frames
+    if graphs.failure is not None:
+        raise RecordingError(graphs.failure)
 
 
 def make_samplers(
@@ -131,7 +157,7 @@ def make_samplers(
     if compiled:
         samplers[EXACT_COMPILED] = CompiledSampler(generate_frames)
     if device.type == "cuda":
-        samplers[GRAPHS] = partial(generate_frames, graphs=SamplingGraphs())
+        samplers[GRAPHS] = GraphsSampler()
     if tuned:
         samplers[TUNED] = TunedSampler(device)
     if against is not None:

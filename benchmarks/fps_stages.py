@@ -4,7 +4,7 @@ Measured in a run of its own, because the clock waits for the GPU wherever a sta
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ class TimedSampler:
     def __init__(self, clock: StageClock):
         self._clock = clock
 
-    def steps(self, steps: SetSteps) -> SetSteps:
+    def steps(self, steps: SetSteps, set_sizes: Sequence[int]) -> SetSteps:
         """The steps of a run, where the sampler would take them from CUDA graphs."""
         return TimedSteps(steps, self._clock)
 

@@ -28,6 +28,7 @@ from nova.cli.app import app
 from nova.inputs import InputWarning
 from nova.media import MediaWarning, read_video, save, write_image, write_video
 from nova.text import PromptTruncationWarning
+from nova_kernels.errors import BackendError
 
 PROMPT = "a red square"
 FAST = ["--steps", "2", "--diffusion-steps", "2", "--latents", "2", "--quiet"]
@@ -35,7 +36,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def command(*arguments, out, device="cpu"):
-    """Run `nova generate`; nothing but a NovaError may come out of it."""
+    """Run `nova generate`; an error may come out of it only as a line."""
     arguments = ["generate", *arguments, "--out", out, "--device", device, *FAST]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -469,6 +470,20 @@ def test_unknown_device(pipeline, tiny_video_folder, out):
     check_refusal(
         command(PROMPT, "--model", tiny_video_folder, out=out, device="gpu"), message, out
     )
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backend_that_cannot_run(tiny_video_folder, out, monkeypatch, backend):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # else Triton runs on CPUs too
+    pipeline = NOVAPipeline.from_pretrained(tiny_video_folder, backend=backend)
+    with pytest.raises(BackendError, match="backend '.*' cannot run: "):
+        pipeline(PROMPT, num_inference_steps=2, num_diffusion_steps=2, max_latent_length=2)
+    result = command(PROMPT, "--model", tiny_video_folder, "--backend", backend, out=out)
+    check_refusal(result, "cannot run: ", out)
+    assert result.stdout == ""  # before weights are loaded
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", backend)
+    result = command(PROMPT, "--model", tiny_video_folder, out=out)
+    check_refusal(result, "(NOVA_KERNELS_BACKEND asks for it)", out)
 
 
 def test_out_of_memory(sample, tiny_video_folder, out, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import fps
 import fps_measure
@@ -12,7 +14,7 @@ import torch
 from card_facts import parse_card_facts
 from ceilings import Ceilings, measure_ceilings
 from fps_measure import measure, run_samplers
-from fps_plot import plot
+from fps_plot import check_plot, plot
 from fps_samplers import (
     EXACT,
     EXACT_COMPILED,
@@ -30,8 +32,9 @@ from fps_vae import IMAGE_VAE, decode_seconds, make_vae
 from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
 from random_model import RandomModelRun
 from shared_weights import share_weights
-from small_models import small_model
+from small_models import repeating_graphs, small_model
 
+from nova.engine import SamplingGraphs
 from nova.errors import ConfigError, InputError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
@@ -48,8 +51,8 @@ def tiny_run():
     return RandomModelRun("tiny-video", batch=1, device=CPU, dtype=torch.float32, **sizes)
 
 
-def rows_of(workload=TINY, **options):
-    samplers = make_samplers(CPU)
+def rows_of(workload=TINY, samplers=None, **options):
+    samplers = make_samplers(CPU) if samplers is None else samplers
     ceilings = Ceilings(rate=1e9, bandwidth=1e9)
     options = {"device": CPU, "dtype": torch.float32, **options}
     return measure(workload, 2, samplers, ceilings, **options)
@@ -231,6 +234,36 @@ def test_tuned_sampler(monkeypatch, tmp_path, capsys):
     assert before == {name: tensor.stride() for name, tensor in run._model.state_dict().items()}
 
 
+def no_recording(work):
+    raise RuntimeError("not permitted when stream is capturing\nCUDA error")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA graphs of the:UserWarning")
+def test_what_is_not_recorded_does_not_pass_for_graphs(monkeypatch, tmp_path, capsys):
+    """Sampling goes on without graphs then, and gives what is right."""
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path))
+    unrecorded = partial(SamplingGraphs, make_recorder=lambda: no_recording)
+    monkeypatch.setattr("fps_samplers.SamplingGraphs", unrecorded)
+    rows = rows_of(samplers=make_samplers(torch.device("cuda"), tuned=True))
+    plain, exact, graphs, tuned = rows
+    assert [graphs["sampler"], tuned["sampler"]] == [GRAPHS, TUNED]
+    reason = "recording failed: not permitted when stream is capturing"
+    for row in (graphs, tuned):
+        assert row["refused"].startswith("failed: RecordingError: ") and "fps" not in row
+        assert f"set loop: {reason}; video encoder: {reason}" in row["refused"]
+    assert "refused" not in plain and "refused" not in exact
+    print_tables(rows, FACTS)
+    assert capsys.readouterr().out.count("failed: RecordingError") == 2
+
+
+@pytest.mark.parametrize("name", [GRAPHS, TUNED])
+def test_what_is_recorded_is_right(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("NOVA_CACHE", str(tmp_path))
+    monkeypatch.setattr("fps_samplers.SamplingGraphs", repeating_graphs)
+    run, sampler = tiny_run(), make_samplers(torch.device("cuda"), tuned=True)[name]
+    torch.testing.assert_close(run.sample(sampler), run.sample(generate_frames))
+
+
 def test_reference_ops_sampler(monkeypatch):
     run = tiny_run()
     sampler = make_samplers(CPU, reference_ops=True)[REFERENCE_OPS]
@@ -394,6 +427,14 @@ def test_plot(tmp_path):
     assert (tmp_path / "new" / "fps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_formats_of_a_plot():
+    pytest.importorskip("matplotlib")
+    check_plot(Path("fps.PNG"))
+    for name in ("fps", "fps.mp4"):
+        with pytest.raises(InputError, match=rf"{name}: the name must end in one of .*\.png"):
+            check_plot(Path(name))
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     file = tmp_path / "fps.json"
     command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
@@ -446,6 +487,42 @@ def test_bad_options_of_the_command(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             fps.main()
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_files_that_cannot_be_written_are_refused_before_measuring(
+    monkeypatch, capsys, tmp_path, option
+):
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(fps, "measure_ceilings", None)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for target in ("folder.png", "file/fps.png", f"{'long' * 99}.png"):
+        path = str(tmp_path / target)
+        monkeypatch.setattr(sys, "argv", ["fps.py", "--device", "cpu", option, path])
+        with pytest.raises(SystemExit):
+            fps.main()
+        assert f"{path} cannot be written: " in capsys.readouterr().err
+
+
+def test_checking_a_file_changes_nothing(tmp_path):
+    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
+    there.write_text("earlier")
+    fps.check_file(there)
+    fps.check_file(new)
+    assert there.read_text() == "earlier" and not new.exists()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_is_a_bad_option(monkeypatch, capsys, backend):
+    command = "fps.py --geometry tiny-video --batch 1 --steps 2 --device cpu --backend"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # else Triton runs on CPUs too
+    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(sys, "argv", [*command.split(), backend])
+    with pytest.raises(SystemExit):
+        fps.main()
+    assert "cannot run: " in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from nova_kernels.errors import BackendError
+
 from ..errors import NovaError
 
 _DEBUG = "nova.debug"
@@ -34,15 +36,16 @@ DebugOption = Annotated[
 class CommandGroup(TyperGroup):
     """Commands whose errors and warnings reach stderr as one line each.
 
-    Exit codes: 1 for a `NovaError`, 2 for a usage error (typer's), 130 after Ctrl-C. Any other
-    exception is a bug and keeps its traceback.
+    Exit codes: 1 for a `NovaError`, or where a backend of the ops was asked for that cannot run; 2
+    for a usage error (typer's), 130 after Ctrl-C. Any other exception is a bug and keeps its
+    traceback.
     """
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             with warnings_as_notes():
                 return super().invoke(ctx)
-        except NovaError as error:
+        except (NovaError, BackendError) as error:
             if ctx.meta.get(_DEBUG):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)

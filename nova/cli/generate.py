@@ -368,6 +368,10 @@ def generate(
     latents_file = None if save_latents is None else check_latents_file(save_latents)
     frame_rate(fps)
 
+    import torch
+
+    from nova_kernels.ops.denoise import OP as DENOISE
+
     from ..devices import check_device
     from ..tuning import tune as tune_pipeline
     from .device import choose_device, choose_dtype
@@ -403,6 +407,8 @@ def generate(
     run_device = choose_device(device)
     if cuda_graphs and run_device.type != "cuda":
         raise typer.BadParameter(f"--cuda-graphs needs a GPU; this runs on {run_device}.")
+    # Every model runs this op, and every backend has it: what cannot run raises here already.
+    DENOISE.choose(backend.value, torch.empty(0, device=run_device))
     if text_encoder_device is not None:
         check_device(text_encoder_device)
     run_dtype = choose_dtype(dtype and dtype.value, run_device)

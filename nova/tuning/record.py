@@ -70,16 +70,27 @@ def load_record(facts: Mapping[str, Any]) -> TuningRecord | None:
     """The record for these facts; None: there is none that can be read."""
     try:
         content = read_json(_path(facts))
-        measurements, stages = (
-            tuple(Measurement(**entry) for entry in content[key]) for key in LISTS
-        )
+        measurements, stages = (tuple(map(_read_measurement, content[key])) for key in LISTS)
         chosen = {entry.choice: entry.chosen for entry in measurements}
         fits = content["facts"] == facts and chosen.keys() == facts["choices"].keys()
-    except (CheckpointError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError, RecursionError):  # the last: deeply nested
         return None
     if not fits or any(chosen[name] not in names for name, names in facts["choices"].items()):
         return None
     return TuningRecord(facts, measurements, stages)
+
+
+def _read_measurement(entry: Any) -> Measurement:
+    """A measurement of a file, which may hold anything.
+
+    Raises:
+        TypeError: it is none.
+    """
+    measurement = Measurement(**entry)
+    for values, kind in ((measurement.seconds, float), (measurement.refused, str)):
+        if not isinstance(values, dict) or not all(type(v) is kind for v in values.values()):
+            raise TypeError(f"{values} are not {kind.__name__} by name")
+    return measurement
 
 
 def save_record(record: TuningRecord) -> None:
