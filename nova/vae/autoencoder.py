@@ -205,9 +205,13 @@ class CausalVideoVAE(nn.Module):
 
     def _encode_frames(self, pixels: Tensor) -> Tensor:
         largest = pixels[:, 0].numel() * self.config.block_out_channels[0]
-        if self._plain_bytes(largest) > self._budget():
-            return self.quant_conv(encode_framewise(self.encoder, pixels))
-        return self.quant_conv(self.encoder(pixels))
+
+        def encode(budget: float) -> Tensor:
+            if self._plain_bytes(largest) > budget:
+                return encode_framewise(self.encoder, pixels)
+            return self.encoder(pixels)
+
+        return self.quant_conv(self._in_budget(encode))
 
     def _decode_tile(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.device, self.dtype)
@@ -221,10 +225,25 @@ class CausalVideoVAE(nn.Module):
         pixels = batch * frames * height * width * config.spatial_factor**2
         latents = self.post_quant_conv(latents)
         # The last upsampler gives the channels of the level before.
+        largest = pixels * max(config.block_out_channels[:2])
+
+        def decode(budget: float) -> Tensor:
+            if self._plain_bytes(largest) > budget:
+                return decode_framewise(self.decoder, latents, budget)
+            return self.decoder(latents)
+
+        return self._in_budget(decode)
+
+    def _in_budget(self, compute: Callable[[float], Tensor]) -> Tensor:
+        """Compute in the bytes there are; if those were fewer than "auto" counted, in the least."""
         budget = self._budget()
-        if self._plain_bytes(pixels * max(config.block_out_channels[:2])) > budget:
-            return decode_framewise(self.decoder, latents, budget)
-        return self.decoder(latents)
+        try:
+            return compute(budget)
+        except torch.OutOfMemoryError:
+            # CUDA graphs, for one, keep memory that torch counts as unused.
+            if self.memory_budget != AUTO or torch.is_grad_enabled():
+                raise
+        return compute(0)
 
     def _plain_bytes(self, largest: int) -> int:
         """What the plain forward pass takes: some four copies of its largest tensor."""
