@@ -8,7 +8,7 @@
 # stays; SLOWER=3 gives three times as long. What fails is said at the end; the rest is run all the same.
 out=${1:?name a folder for the results}
 shift
-steps=${*:-build ops op_tests gpu_tests batch1 batch4 batch24 kernels denoise roofline}
+steps=${*:-build ops op_tests gpu_tests batch1 batch4 batch24 kernels denoise profile roofline}
 python=${PYTHON:-python3}
 failed=
 mkdir -p "$out"
@@ -36,7 +36,7 @@ fps() {
 }
 
 step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
-step 30 ops "$python" -m nova_kernels
+step 25 ops "$python" -m nova_kernels
 step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
     tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py \
@@ -44,11 +44,12 @@ step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/tes
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 110 batch1 --batch 1 --run-latents 2 --repeats 2
+fps 105 batch1 --batch 1 --run-latents 2 --repeats 2
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
-fps 75 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
-step 55 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
+fps 70 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
+step 50 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
+step 20 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # By name alone: whole videos with text encoder and VAE, and other backends of the ops.
 fps 600 video --batch 1 --run-latents 9 --text --vae --repeats 2
