@@ -13,6 +13,7 @@ torch is never imported, and no GPU is looked for: the machine that builds often
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,10 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 # Memory that one nvcc process may take on large kernels.
 BYTES_PER_JOB = 4 * 2**30
+# What CMakeLists.txt asks for.
+OLDEST_CMAKE = "3.24"
+# After PATH, the folder of this Python's own tools: it need not be on PATH.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
 def say(message):
@@ -53,6 +58,30 @@ def find_cxx():
     if named:
         return shutil.which(named)
     return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def numbers(version):
+    return [int(number) for number in version.split(".")]
+
+
+def find_tool(name, oldest="0"):
+    """Path of a build tool that runs and is at least as new as `oldest`; None if there is none."""
+    path = shutil.which(name, path=SEARCH_PATH)
+    if path is None:
+        return None
+    # It may be found and not run: isolated builds hide the packages of the environment that they
+    # are started from, and pip's cmake is a script that needs its package.
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    version = re.search(r"\d+(\.\d+)+", done.stdout)
+    return path if version and numbers(version[0]) >= numbers(oldest) else None
+
+
+def find_cmake():
+    """Path of a CMake that builds this project; None if there is none."""
+    return find_tool("cmake", OLDEST_CMAKE)
 
 
 class Part(NamedTuple):
@@ -116,9 +145,12 @@ PARTS = {part.module: part for part in (CUDA, CPP)}
 
 
 def parallel_jobs():
-    """MAX_JOBS, or as many jobs as there are cores and memory for."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    """MAX_JOBS, checked, or as many jobs as there are cores and memory for."""
+    wanted = os.environ.get("MAX_JOBS")
+    if wanted:
+        if not (wanted.isdecimal() and int(wanted) >= 1):
+            raise SetupError(f"MAX_JOBS must be a whole number of at least 1, not {wanted!r}")
+        return int(wanted)
     jobs = os.cpu_count() or 1
     if "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -134,14 +166,15 @@ class CMakeBuild(build_ext):
     """
 
     def run(self):
-        self.extensions = [e for e in self.extensions if self.build_part(PARTS[e.name])]
+        jobs = parallel_jobs()  # here, since `auto` forgives what goes wrong in building
+        self.extensions = [e for e in self.extensions if self.build_part(PARTS[e.name], jobs)]
         if self.inplace:  # an editable install: the modules belong beside nova_kernels/*.py
             self.copy_extensions_to_source()
 
-    def build_part(self, part):
+    def build_part(self, part, jobs):
         """Whether it was built; a part that must be and cannot be is an error."""
         try:
-            self.build_with_cmake(part)
+            self.build_with_cmake(part, jobs)
         except Exception as error:  # whatever it is, `auto` goes on without the extension
             if part.mode == "1":
                 raise SetupError(
@@ -156,19 +189,15 @@ class CMakeBuild(build_ext):
             return False
         return True
 
-    def build_with_cmake(self, part):
+    def build_with_cmake(self, part, jobs):
         module = (ROOT / self.build_lib / self.get_ext_filename(part.module)).resolve()
         module.unlink(missing_ok=True)  # an earlier build's must not end in this one's wheel
         compiler = part.find_compiler()
         if compiler is None:
             raise RuntimeError(part.missing)
-        # After PATH, the folder of this Python's own tools: it need not be on PATH.
-        environment = dict(os.environ)
-        search_path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-        environment["PATH"] = search_path
-        cmake = shutil.which("cmake", path=search_path)
+        cmake = find_cmake()
         if cmake is None:
-            raise RuntimeError("cmake is not installed")
+            raise RuntimeError(f"no cmake in PATH that runs and is {OLDEST_CMAKE} or newer")
         try:
             import pybind11
         except ImportError:
@@ -188,9 +217,10 @@ class CMakeBuild(build_ext):
         ]
         if part is CUDA and os.environ.get("NOVA_CUDA_ARCHS"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['NOVA_CUDA_ARCHS']}")
-        if shutil.which("ninja", path=search_path):
+        if find_tool("ninja"):
             configure.append("-GNinja")
-        build = [cmake, "--build", str(build_dir), "--parallel", str(parallel_jobs())]
+        build = [cmake, "--build", str(build_dir), "--parallel", str(jobs)]
+        environment = {**os.environ, "PATH": SEARCH_PATH}
         for step, command in (("configuring", configure), ("compiling", build)):
             status = subprocess.run(command, env=environment).returncode
             if status != 0:
@@ -200,18 +230,36 @@ class CMakeBuild(build_ext):
         say(f"built the {part.title} {module.name} with {compiler}")
 
 
+def build_requirements(parts):
+    """Python packages that building these needs: none for tools that are here already.
+
+    Static requirements would make every machine without a compiler fetch (or, on a rare platform,
+    compile) CMake for nothing, and a build without isolation ask for packages of tools that the
+    system has.
+    """
+    # Setuptools asks alike for an sdist and a wheel; what a frontend asks it for is an argument of
+    # the process that the frontend starts.
+    if "get_requires_for_build_sdist" in sys.orig_argv:
+        return []
+    if not any(part.find_compiler() for part in parts):
+        return []
+    packages = ["pybind11"]
+    if find_cmake() is None:
+        packages.append(f"cmake>={OLDEST_CMAKE}")
+    if find_tool("ninja") is None:
+        packages.append("ninja")
+    return packages
+
+
 wanted = [part for part in PARTS.values() if part.is_wanted]
-buildable = [part for part in wanted if part.find_compiler() is not None]
 
 distribution = setup(
     # Without an extension the wheel is pure Python and serves every platform.
     ext_modules=[Extension(part.module, sources=[]) for part in wanted],
     cmdclass={"build_ext": CMakeBuild},
     # setuptools reports these as needed for this build, and pip installs them into the isolated
-    # build environment; it installs nothing with --no-build-isolation. Static requirements would
-    # make every machine without a compiler fetch (or, on a rare platform, compile) CMake for
-    # nothing.
-    setup_requires=["cmake>=3.24", "ninja", "pybind11"] if buildable else [],
+    # build environment; it installs nothing with --no-build-isolation.
+    setup_requires=build_requirements(wanted),
 )
 for part in PARTS.values():
     if part in wanted:

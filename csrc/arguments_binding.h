@@ -26,20 +26,27 @@ void bind_pointer(pybind11::class_<Class>& type, const char* name, Pointer Class
       });
 }
 
-template <typename Class, std::size_t N>
-void bind_pointers(pybind11::class_<Class>& type, const char* name,
-                   const void* (Class::*field)[N]) {
+// Of arrays of a denoise launch: throws std::invalid_argument if they are longer than `limit`.
+inline void check_count(const char* what, std::size_t count, std::size_t limit) {
+  if (count <= limit) return;
+  throw std::invalid_argument("denoise: " + std::string(what) + ": a launch takes up to " +
+                              std::to_string(limit) + ", got " + std::to_string(count));
+}
+
+template <std::size_t N>
+void bind_pointers(pybind11::class_<DenoiseArguments>& type, const char* name,
+                   const void* (DenoiseArguments::*field)[N]) {
   type.def_property(
       name,
-      [field](const Class& self) {
+      [field](const DenoiseArguments& self) {
         std::vector<std::uintptr_t> addresses;
         for (const void* pointer : self.*field) {
           addresses.push_back(reinterpret_cast<std::uintptr_t>(pointer));
         }
         return addresses;
       },
-      [field](Class& self, const std::vector<std::uintptr_t>& addresses) {
-        if (addresses.size() > N) throw std::invalid_argument("too many addresses");
+      [field, name](DenoiseArguments& self, const std::vector<std::uintptr_t>& addresses) {
+        check_count(name, addresses.size(), N);
         for (std::size_t i = 0; i < addresses.size(); ++i) {
           (self.*field)[i] = reinterpret_cast<const void*>(addresses[i]);
         }
@@ -147,7 +154,7 @@ inline void bind_arguments(pybind11::module_& module) {
       .def_readwrite("weight_slots", &D::weight_slots)
       .def_readwrite("shared_bytes", &D::shared_bytes)
       .def("set_numbers", [](D& self, const std::vector<Numbers>& steps) {
-        if (steps.size() > kMaxDenoiseSteps) throw std::invalid_argument("too many steps");
+        check_count("steps", steps.size(), kMaxDenoiseSteps);
         for (std::size_t i = 0; i < steps.size(); ++i) {
           const Numbers& n = steps[i];
           self.numbers[i] = {n[0], n[1], n[2], n[3], n[4], n[5]};

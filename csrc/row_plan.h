@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 #include "arguments.h"
 
@@ -49,12 +50,25 @@ inline bool allows_wide_accesses(const RowArguments& a, std::initializer_list<St
   return allowed;
 }
 
+// What errors name.
+inline std::string op_of(const ScaleShiftArguments&) { return "scale_shift"; }
+inline std::string op_of(const ScaleShiftBackwardArguments&) { return "scale_shift_backward"; }
+inline std::string op_of(const ResidualNormArguments&) { return "residual_norm"; }
+inline std::string op_of(const ResidualNormBackwardArguments&) { return "residual_norm_backward"; }
+
 // A launch in which the threads of a row work on `strip` rows, one after the other.
-inline RowPlan plan_rows(const RowArguments& a, int strip,
-                         std::initializer_list<StridedRows> tensors,
-                         std::initializer_list<const void*> vectors = {}) {
-  if (a.width < 1 || a.width > kMaxRowWidth) throw std::invalid_argument("rows of such a width");
-  if (a.num_rows < 1 || a.inner < 1 || strip < 1) throw std::invalid_argument("no rows");
+template <typename Arguments>
+RowPlan plan_rows(const Arguments& a, int strip, std::initializer_list<StridedRows> tensors,
+                  std::initializer_list<const void*> vectors = {}) {
+  if (a.width < 1 || a.width > kMaxRowWidth) {
+    throw std::invalid_argument(op_of(a) + ": width must be 1 to " + std::to_string(kMaxRowWidth) +
+                                ", got " + std::to_string(a.width));
+  }
+  if (a.num_rows < 1 || a.inner < 1 || strip < 1) {
+    throw std::invalid_argument(op_of(a) + ": num_rows, inner and strip must be at least 1, got " +
+                                std::to_string(a.num_rows) + ", " + std::to_string(a.inner) +
+                                " and " + std::to_string(strip));
+  }
   const int warps = warps_of_row(a.width);
   const int rows_per_block = warps == 1 ? kNarrowRows : 1;
   const int64_t rows_of_block = static_cast<int64_t>(rows_per_block) * strip;

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -478,6 +479,37 @@ def test_doctor_names_the_command_for_what_is_missing():
     report["nvcc"] = None
     report["cuda_extension"] = {"cuda_extension": False, "error": "not built"}
     assert {"nvcc", "CUDA extension"} <= set(doctor.missing(report))
+
+
+@pytest.mark.parametrize(
+    "origin, command",
+    [
+        ({"url": "file://{}", "dir_info": {"editable": True}}, "--editable '{}'"),
+        ({"url": "file://{}", "dir_info": {}}, "'{}'"),
+        ({"url": "file://{}/gone", "dir_info": {}}, "."),
+        ({"url": "https://example.org/nova.git", "vcs_info": {"vcs": "git"}}, "."),
+        (None, "."),
+    ],
+)
+def test_doctor_rebuilds_from_the_checkout(monkeypatch, tmp_path, origin, command):
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    if origin is not None:
+        origin = json.dumps(origin | {"url": origin["url"].format(str(folder).replace(" ", "%20"))})
+    installed = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: installed)
+    text = doctor._rebuild({"checkout": doctor._checkout()})
+    install = "NOVA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir "
+    assert text.endswith(install + command.format(folder))
+    assert text.startswith("in a checkout of nova-kernels, ") == (command == ".")
+
+
+def test_doctor_where_nothing_is_installed(monkeypatch):
+    def missing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", missing)
+    assert doctor._checkout() is None
 
 
 @pytest.mark.parametrize(

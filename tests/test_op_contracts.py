@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from cuda_emulation import emulated_extension, needs_compiler
 from kernel_testing import DEVICE, TRITON_AND_CUDA, needs_triton, randn
+from test_denoise import inputs, numbers
 
 import nova_kernels
-from nova_kernels import residual_norm, rope3d, scale_shift
+from nova_kernels import HeadWeights, denoise, residual_norm, rope3d, scale_shift
+from nova_kernels.cuda_kernels.denoise_plan import (
+    DenoiseShape,
+    DeviceLimits,
+    obstacle_of_memory,
+)
 from nova_kernels.dispatch import Op
 from nova_kernels.ops.rope3d import rotate_heads
 from nova_kernels.self_check import largest_error, self_checks
@@ -115,6 +122,87 @@ def test_heads_that_cannot_be_rotated(backend):
     cos, sin = table(3, 4)
     with pytest.raises(ValueError, match="have no gradient; detach"):
         rope3d(randn(1, 3, 24), cos.requires_grad_(), sin, 1, backend=backend)
+
+
+REFERENCE_AND_TRITON = ["reference", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", ["auto", *REFERENCE_AND_TRITON])
+def test_dtypes_that_the_products_of_denoise_do_not_take(backend):
+    x, condition, times, weights = inputs((1, 3), 2, 2, depth=1, width=32)
+    low = torch.bfloat16
+    tensors = weights.tensors()
+
+    def refused(message, x=x, condition=condition, times=times, tensors=tensors):
+        mlp = HeadWeights.of_tensors(tensors, depth=1)
+        with pytest.raises(ValueError, match=f"^denoise: {message}"), torch.no_grad():
+            denoise(x, condition, times, mlp, numbers(2), backend=backend)
+
+    of_sum = "the sum of condition and time_embeddings must be torch.float32 as x, got torch."
+    refused(
+        of_sum + "bfloat16 and torch.bfloat16", condition=condition.to(low), times=times.to(low)
+    )
+    refused("weights must be torch.bfloat16 as x, got .'torch.float32'.", x=x.to(low))
+    for k, tensor in enumerate(tensors):
+        changed = [*tensors[:k], tensor.to(low), *tensors[k + 1 :]]
+        refused("weights must be torch.float32 as x, got .'torch.bfloat16'.", tensors=changed)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["auto", *REFERENCE_AND_TRITON])
+def test_denoise_with_a_condition_or_times_of_a_lower_dtype(backend, compiled):
+    x, condition, times, weights = inputs((1, 3), 2, 2, depth=1, width=32)
+
+    def call(condition, times):
+        with torch.no_grad():
+            return denoise(x, condition, times, weights, numbers(2), backend=backend)
+
+    torch.compiler.reset()
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    for given in ((condition.bfloat16(), times), (condition, times.bfloat16())):
+        expected = call(*(tensor.float() for tensor in given))
+        torch.testing.assert_close(function(*given), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "op, struct",
+    [
+        ("scale_shift", "ScaleShiftArguments"),
+        ("scale_shift_backward", "ScaleShiftBackwardArguments"),
+        ("residual_norm", "ResidualNormArguments"),
+        ("residual_norm_backward", "ResidualNormBackwardArguments"),
+    ],
+)
+def test_launches_of_rows_name_the_op_that_refuses(op, struct):
+    module = emulated_extension()
+    arguments = getattr(module, struct)()
+    arguments.num_rows, arguments.width = 1, 8193
+    with pytest.raises(ValueError, match=f"^{op}: width must be 1 to 8192, got 8193"):
+        getattr(module, op)(arguments, 0)
+    arguments.num_rows, arguments.width = 0, 8
+    with pytest.raises(
+        ValueError, match=f"^{op}: num_rows, inner and strip must .* got 0, 1 and 1"
+    ):
+        getattr(module, op)(arguments, 0)
+
+
+@needs_compiler
+def test_arguments_of_a_denoise_launch_that_are_too_many():
+    arguments = emulated_extension().DenoiseArguments()
+    with pytest.raises(ValueError, match="^denoise: steps: a launch takes up to 64, got 65"):
+        arguments.set_numbers([[0.0] * 6] * 65)
+    with pytest.raises(ValueError, match="^denoise: norm_bias: a launch takes up to 8, got 9"):
+        arguments.norm_bias = [0] * 9
+
+
+def test_a_gpu_of_too_few_multiprocessors_is_told_so():
+    shape = DenoiseShape(tokens=22, passes=2, width=1280, depth=3, token_dim=16)
+    few, more = (DeviceLimits({4: n // 4, 2: n // 2, 1: n}, 232_448) for n in (26, 27))
+    assert "it takes 27 blocks at the same time, one a multiprocessor" in (
+        obstacle_of_memory(shape, few)
+    )
+    assert "232448 bytes of shared memory are too few" in obstacle_of_memory(shape, more)
 
 
 # Second derivatives -------------------------------------------------------------------------------

@@ -148,6 +148,59 @@ def test_sdist_carries_what_a_wheel_is_built_from(checkout, tmp_path, no_compile
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.fixture
+def tools(tmp_path):
+    """Environment variables under which nothing is on PATH but a compiler, CMake and Ninja.
+
+    Called with what `cmake --version` says; None: CMake and Ninja do not run, as tools of a hidden
+    environment.
+    """
+
+    def make(version):
+        folder = tmp_path / "tools"
+        folder.mkdir()
+        says = "exit 1" if version is None else f"echo cmake version {version}"
+        for name in ("c++", "cmake", "ninja"):
+            (folder / name).write_text(f"#!/bin/sh\n{says}\n")
+            (folder / name).chmod(0o755)
+        return {"PATH": str(folder), "CXX": None, "NOVA_CUDA": "0", "NOVA_CPP": "auto"}
+
+    return make
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the tools are shell scripts")
+@pytest.mark.parametrize(
+    "version, packages",
+    [
+        ("3.24.0", ["pybind11"]),
+        ("4.1.2", ["pybind11"]),
+        ("3.20.6", ["pybind11", "cmake>=3.24"]),
+        (None, ["pybind11", "cmake>=3.24", "ninja"]),
+    ],
+)
+def test_packages_are_asked_for_in_place_of_tools_that_do_not_do(
+    checkout, tools, version, packages
+):
+    hook = "from setuptools.build_meta import get_requires_for_build_wheel as get; print(get())"
+    process = run("-c", hook, cwd=checkout, **tools(version))
+    assert process.stdout.splitlines()[-1] == str(packages)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the tools are shell scripts")
+def test_an_sdist_needs_no_tools(checkout, tools, tmp_path):
+    build_sdist = ("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path / "dist")
+    process = run(*build_sdist, cwd=checkout, **tools(None))
+    assert process.returncode == 0, process.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the tools are shell scripts")
+@pytest.mark.parametrize("jobs", ["abc", "0", "-1"])
+def test_a_number_of_jobs_that_is_none_is_an_error_in_every_mode(checkout, tools, tmp_path, jobs):
+    process, wheel = build_wheel(checkout, tmp_path, **tools("3.24.0"), MAX_JOBS=jobs)
+    assert process.returncode != 0 and wheel is None
+    assert f"MAX_JOBS must be a whole number of at least 1, not '{jobs}'" in process.stdout
+
+
 def test_auto_without_compilers_is_pure_python(checkout, tmp_path, no_compiler):
     modes = {"NOVA_CUDA": "auto", "NOVA_CPP": "auto"}
     process, wheel = build_wheel(checkout, tmp_path, **modes, **no_compiler)

@@ -2,18 +2,23 @@
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from .. import __version__
 
 GIB = 2**30
 NOT_INSTALLED = "not installed"
+DISTRIBUTION = "nova-kernels"
 
 # Distribution -> (what needs it, the command that installs it).
 PACKAGES = {
@@ -45,7 +50,8 @@ INSTALL_NVCC = "install the CUDA toolkit: https://developer.nvidia.com/cuda-down
 # The oldest drivers that run builds with this CUDA, by its first number.
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVERS = {12: 525, 13: 580}
-REBUILD = "NOVA_CUDA=1 pip install --force-reinstall --no-deps nova-kernels"
+# Without pip's cache, which may hold a wheel without the extension.
+REBUILD = "NOVA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 def examine() -> dict[str, Any]:
@@ -56,6 +62,7 @@ def examine() -> dict[str, Any]:
     torch, torch_error = _import("torch")
     return {
         "nova": __version__,
+        "checkout": _checkout(),
         "python": platform.python_version(),
         "torch": {
             "version": torch.__version__ if torch else None,
@@ -93,10 +100,19 @@ def missing(report: dict[str, Any]) -> dict[str, str]:
         if not report["cuda_extension"]["cuda_extension"]:
             if report["nvcc"] is None:
                 wanted["nvcc"] = f"building the CUDA extension: {INSTALL_NVCC}"
-            wanted["CUDA extension"] = f"CUDA kernels: {REBUILD}"
+            wanted["CUDA extension"] = f"CUDA kernels: {_rebuild(report)}"
     elif report["driver"] is not None and report["torch"]["version"] is not None:
         wanted["GPU in torch"] = f"sampling on it: {_torch_for_driver(report)}"
     return wanted
+
+
+def _rebuild(report: dict[str, Any]) -> str:
+    """The command that builds the CUDA extension and installs it in place of what is there."""
+    checkout = report["checkout"]
+    if checkout is None:
+        return f"in a checkout of {DISTRIBUTION}, {REBUILD} ."
+    editable = "--editable " if checkout["editable"] else ""
+    return f"{REBUILD} {editable}{shlex.quote(checkout['folder'])}"
 
 
 def _torch_for_driver(report: dict[str, Any]) -> str:
@@ -195,6 +211,22 @@ def _version_of(distribution: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _checkout() -> dict[str, Any] | None:
+    """The folder that this package was installed from; None where that is unknown, or gone."""
+    try:
+        # https://packaging.python.org/en/latest/specifications/direct-url/
+        text = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+        origin = json.loads(text or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # not installed, or damaged
+        return None
+    if "dir_info" not in origin:
+        return None
+    folder = url2pathname(urlsplit(origin["url"]).path)
+    if not os.path.isdir(folder):
+        return None
+    return {"folder": folder, "editable": origin["dir_info"].get("editable", False)}
 
 
 def _cuda_extension() -> dict[str, Any]:

@@ -11,7 +11,7 @@ UNIT = 8  # outputs of a unit
 CHUNK = 32  # inputs that a warp takes at a time
 TILE = 16  # rows of a tile
 WARPS = 8
-MAX_UNITS = 6
+MAX_UNITS = 6  # of a cluster
 MAX_WIDTH = 2048
 MAX_DEPTH = 8
 MAX_ROWS = 128
@@ -86,17 +86,27 @@ def obstacle(shape: DenoiseShape) -> str | None:
 
 
 def obstacle_of_memory(shape: DenoiseShape, limits: DeviceLimits) -> str | None:
-    """Why shared memory does not hold a call; None if it does, or if no blocks run at all."""
-    if any(limits.clusters.values()) and plan_denoise(shape, limits) is None:
-        return f"width {shape.width}: {limits.shared_bytes} bytes of shared memory are too few"
-    return None
+    """Why a GPU's blocks and their shared memory do not hold a call.
+
+    None if they do, or if no blocks run at all.
+    """
+    most = max(limits.clusters.values(), default=0)
+    if most == 0 or plan_denoise(shape, limits) is not None:
+        return None
+    needed = -(-shape.width // (UNIT * MAX_UNITS))
+    if most < needed:
+        return (
+            f"width {shape.width}: it takes {needed} blocks at the same time, one a "
+            f"multiprocessor, and the GPU runs {most}"
+        )
+    return f"width {shape.width}: {limits.shared_bytes} bytes of shared memory are too few"
 
 
 def plan_denoise(shape: DenoiseShape, limits: DeviceLimits) -> DenoisePlan | None:
     """The first division that keeps all weights on the chip, else the first that streams them.
 
     Returns:
-        None if shared memory is too small for either.
+        None if clusters are too few, or shared memory is too small for either.
     """
     plans = []
     for cluster_size in CLUSTER_SIZES:

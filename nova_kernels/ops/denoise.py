@@ -34,6 +34,7 @@ from nova_kernels.dispatch import (
     define,
     define_no_gradient,
     new_rows,
+    promoted,
     requested,
     through_operator,
 )
@@ -83,14 +84,15 @@ def denoise(
 ) -> Tensor:
     """Noisy tokens -> clean tokens. For sampling: there is no gradient through kernels.
 
-    Autocast is passed over: the loop computes in the dtype of its inputs.
+    Autocast is passed over: the loop computes in the dtype of x.
 
     Args:
         x: (batch, tokens, token_dim) noise.
         condition: (passes, batch, tokens, width), 1, 2 or 3 passes: what the encoder says of the
             tokens, projected to the MLP's width.
-        time_embeddings: (len(steps), width).
-        weights: of the MLP.
+        time_embeddings: (len(steps), width). Its sum with condition must have the dtype of x;
+            one of them alone may have a lower one.
+        weights: of the MLP, in the dtype of x.
         steps: the numbers of every step.
         guided_steps: how many steps, from the first on, run all passes; later ones run the first
             pass alone, without guidance. None: all.
@@ -365,6 +367,21 @@ def _check(
         )
     if guided_steps is not None and not 0 <= guided_steps <= len(steps):
         raise ValueError(f"denoise: guided_steps must be 0 to {len(steps)}, got {guided_steps}")
+    _check_dtypes(x, condition, time_embeddings, weights)
+
+
+def _check_dtypes(
+    x: Tensor, condition: Tensor, time_embeddings: Tensor, weights: HeadWeights
+) -> None:
+    """Matrix products take one dtype."""
+    others = {str(tensor.dtype) for tensor in weights.tensors() if tensor.dtype != x.dtype}
+    if others:
+        raise ValueError(f"denoise: weights must be {x.dtype} as x, got {sorted(others)}")
+    if promoted(condition, time_embeddings) != x.dtype:
+        raise ValueError(
+            f"denoise: the sum of condition and time_embeddings must be {x.dtype} as x, got "
+            f"{condition.dtype} and {time_embeddings.dtype}"
+        )
 
 
 def _check_noise(x: Tensor, num_steps: int, noise: Tensor | None, outside: Outside | None) -> None:
