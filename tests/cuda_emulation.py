@@ -1,6 +1,8 @@
 """Compiles the CUDA kernels for the CPU (tests/cuda_emulator), for the tests of their source."""
 
+import ctypes
 import importlib.util
+import mmap
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,14 @@ from tempfile import mkdtemp
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "cuda_emulator"
 NAME = "cuda_emulator"
+ALIGNMENT = 16  # of addresses, for the widest accesses
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux",
@@ -40,3 +46,24 @@ def emulated_extension() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A contiguous copy before a page that no one may touch: who does ends the process."""
+    page, nobody = mmap.PAGESIZE, 0  # mprotect's PROT_NONE
+    size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    guard = -(-size // page) * page
+    memory = torch.frombuffer(mmap.mmap(-1, guard + page), dtype=torch.uint8)
+    address = ctypes.c_void_p(memory.data_ptr() + guard)
+    assert ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(page), nobody) == 0
+    copy = memory[guard - size :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+class GuardedMemory(TorchFunctionMode):
+    """Inside, new and contiguous tensors, thus all that a launch gets, are `guarded`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = (torch.empty_like, Tensor.new_empty, Tensor.contiguous)
+        return guarded(result) if function in made else result

@@ -34,7 +34,15 @@ def numbers(steps, **guidance):
     return [StepCoefficients(1.0 - 0.1 * d, -0.2, **guidance) for d in range(steps)]
 
 
-def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH, width=WIDTH):
+def inputs(
+    shape,
+    passes,
+    steps,
+    dtype=torch.float32,
+    depth=DEPTH,
+    width=WIDTH,
+    token_dim=TOKEN_DIM,
+):
     batch, tokens = shape
     seeds = iter(range(1000))
 
@@ -43,7 +51,7 @@ def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH, width=WIDTH):
         return weight, randn(out, dtype=dtype, seed=next(seeds)) * 0.1
 
     weights = HeadWeights(
-        embed=linear(width, TOKEN_DIM),
+        embed=linear(width, token_dim),
         blocks=tuple(
             BlockWeights(
                 linear(width, width),
@@ -53,9 +61,9 @@ def inputs(shape, passes, steps, dtype=torch.float32, depth=DEPTH, width=WIDTH):
             for _ in range(depth)
         ),
         modulations=(*(linear(3 * width, width) for _ in range(depth)), linear(2 * width, width)),
-        head=linear(TOKEN_DIM, width),
+        head=linear(token_dim, width),
     )
-    x = randn(batch, tokens, TOKEN_DIM, dtype=dtype, seed=next(seeds))
+    x = randn(batch, tokens, token_dim, dtype=dtype, seed=next(seeds))
     condition = randn(passes, batch, tokens, width, dtype=dtype, seed=next(seeds))
     times = randn(steps, width, dtype=dtype, seed=next(seeds))
     return x, condition, times, weights

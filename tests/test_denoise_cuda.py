@@ -1,11 +1,12 @@
 """The persistent denoise kernel, emulated on the CPU thread by thread."""
 
 import dataclasses
+import multiprocessing
 
 import kernel_testing
 import pytest
 import torch
-from cuda_emulation import emulated_extension, needs_compiler
+from cuda_emulation import GuardedMemory, emulated_extension, guarded, needs_compiler
 from kernel_testing import assert_as_exact_as_torch
 from test_denoise import doubled, inputs, numbers, written_out
 
@@ -61,6 +62,14 @@ def check(given, steps, result, **options):
     assert_as_exact_as_torch(result, written_out(*given, steps, **options), exact)
 
 
+def exit_code(run):
+    """Of a process of its own that calls run(); negative where a fault ended it."""
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    process.join(timeout=60)
+    return process.exitcode
+
+
 @pytest.mark.parametrize("clusters, cluster_size", [(3, 1), (2, 2)])
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -74,12 +83,16 @@ def test_both_sides_agree_on_the_steps_of_a_launch():
     assert emulated_extension().MAX_DENOISE_STEPS == MAX_STEPS_PER_LAUNCH
 
 
-@pytest.mark.parametrize("cluster_size", [1, 2])
-def test_weights_that_are_streamed(cluster_size):
+@pytest.mark.parametrize(
+    "tokens, width, clusters, cluster_size", [(3, 64, 2, 1), (3, 64, 2, 2), (22, 128, 3, 4)]
+)
+def test_weights_that_are_streamed(tokens, width, clusters, cluster_size):
+    """The last has enough rows for three of a cluster's blocks to add up partial sums."""
     steps = numbers(2, guidance=3.0)
-    given = inputs((1, 3), 2, 2, torch.float16, width=64)
-    resident = emulate(given, steps, plan_for(given, 2, cluster_size))
-    streamed = emulate(given, steps, plan_for(given, 2, cluster_size, streamed=True))
+    given = inputs((1, tokens), 2, 2, torch.float16, width=width)
+    resident = emulate(given, steps, plan_for(given, clusters, cluster_size))
+    check(given, steps, resident)
+    streamed = emulate(given, steps, plan_for(given, clusters, cluster_size, streamed=True))
     assert torch.equal(streamed, resident)
 
 
@@ -100,6 +113,31 @@ def test_widths_that_do_not_divide_evenly(width, clusters, cluster_size):
     check(given, steps, emulate(given, steps, plan))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nothing_behind_a_tensor_is_read_or_written(streamed):
+    """The last tile of rows is not full, and clusters have different numbers of units."""
+    steps = numbers(2, guidance=3.0, renorm=0.2)
+    steps = [dataclasses.replace(step, noise=0.3) for step in steps]
+    given = inputs((1, 17), 2, 2, torch.float16, depth=2, width=32)
+    options = {"noise": torch.ones(2, *given[0].shape).half(), "outside": guarded(torch.ones(1))}
+    plan = plan_for(given, 3, 1, streamed)
+
+    def run():
+        torch.set_num_threads(1)  # the threads of pools are not in a forked process
+        with GuardedMemory():
+            emulate(given, steps, plan, **options)
+
+    emulated_extension()  # compiled before the process begins, which could not keep it
+    assert exit_code(run) == 0
+
+
+def test_rows_of_two_vectors_a_thread():
+    """Wider than 1024, as those of the 0.6B model."""
+    steps = numbers(1, guidance=3.0)
+    given = inputs((1, 3), 2, 1, torch.float16, depth=1, width=1056)
+    check(given, steps, emulate(given, steps, plan_for(given, 22, 1)))
+
+
 @pytest.mark.parametrize("passes", [2, 3])
 def test_noise_and_renormalisation(passes):
     steps = numbers(2, guidance=4.0, image_guidance=0.5, renorm=0.2)
@@ -109,28 +147,37 @@ def test_noise_and_renormalisation(passes):
     check(given, steps, emulate(given, steps, plan_for(given, 3, 1), noise=noise), noise=noise)
 
 
-def test_what_is_outside_counts_in_norms_and_evolves():
+@pytest.mark.parametrize("token_dim, seed", [(16, 0), (64, 0), (64, 1), (64, 2)])
+def test_what_is_outside_counts_in_norms_and_evolves(token_dim, seed):
+    """64 values a token, as an embedded model has them, are the work of more than one warp."""
     steps = numbers(2, guidance=4.0, renorm=0.2)
-    given = inputs((2, 4), 2, 2, torch.float16, depth=1, width=32)
-    around = torch.randn(2, 9, given[0].shape[-1], generator=torch.Generator().manual_seed(6))
+    given = inputs((2, 4), 2, 2, torch.float16, depth=1, width=32, token_dim=token_dim)
+    around = torch.randn(2, 9, token_dim, generator=torch.Generator().manual_seed(6))
     noise = torch.zeros(2, *around.shape)
     squares = around.square().sum(dim=(1, 2))
     plan = plan_for(given, 3, 1)
-    result = emulate(given, steps, plan, outside=squares)
+    result = emulate(given, steps, plan, seed, outside=squares)
     check(given, steps, result, outside=(around.half(), noise.half()))
     # A launch ends with what the next one begins with.
     x, condition, times, weights = given
     squares = around.square().sum(dim=(1, 2))
-    first = emulate((x, condition, times[:1], weights), steps[:1], plan, outside=squares)
-    second = emulate((first, condition, times[1:], weights), steps[1:], plan, outside=squares)
+    first = emulate((x, condition, times[:1], weights), steps[:1], plan, seed, outside=squares)
+    second = emulate((first, condition, times[1:], weights), steps[1:], plan, seed, outside=squares)
     torch.testing.assert_close(second, result, rtol=1e-2, atol=1e-2)
 
 
-def test_the_order_of_threads_changes_nothing():
-    steps = numbers(2, guidance=3.0, renorm=0.5)
-    given = inputs((2, 3), 2, 2, torch.bfloat16, depth=1, width=64)
-    results = [emulate(given, steps, plan_for(given, 2, 2), seed=seed) for seed in range(4)]
-    assert all(torch.equal(result, results[0]) for result in results)
+# The second and the third have more tiles of rows than are computed at a time.
+@pytest.mark.parametrize(
+    "shape, passes, steps, width, cluster_size",
+    [((2, 3), 2, 2, 64, 2), ((1, 24), 3, 1, 64, 2), ((1, 42), 3, 1, 32, 1)],
+)
+def test_the_order_of_threads_changes_nothing(shape, passes, steps, width, cluster_size):
+    given = inputs(shape, passes, steps, torch.bfloat16, depth=1, width=width)
+    plan = plan_for(given, 2, cluster_size)
+    steps = numbers(steps, guidance=3.0, renorm=0.5)
+    first, *others = (emulate(given, steps, plan, seed) for seed in range(3))
+    check(given, steps, first)
+    assert all(torch.equal(result, first) for result in others)
 
 
 def test_plans_of_known_geometries():

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_testing import assert_as_exact_as_torch, poisoned
+from kernel_testing import assert_as_exact_as_torch, in_float64, poisoned, randn
 from test_denoise import doubled, inputs, numbers, run, written_out
 
+from nova_kernels import Outside
 from nova_kernels.cuda_kernels import denoise as kernel
 from nova_kernels.cuda_kernels import extension
 from nova_kernels.cuda_kernels.denoise_plan import CLUSTER_SIZES, plan_denoise
@@ -20,14 +21,20 @@ pytestmark = [
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def check(given, steps, **options):
-    x, condition, times, weights = given
+def check(given, steps, noise=None, around=None):
+    """around: tokens outside of the set."""
+    outside = None if around is None else Outside(around)
     with poisoned():
-        result = run(*given, steps, backend="cuda", **options)
-    doubles = (x.double(), condition.double(), times.double(), doubled(weights))
-    exact = written_out(*doubles, steps, **{n: t.double() for n, t in options.items()})
-    assert_as_exact_as_torch(result, written_out(*given, steps, **options), exact)
-    return result
+        result = run(*given, steps, noise=noise, outside=outside, backend="cuda")
+
+    def plain(x, condition, times, noise, around, weights):
+        outside = None if around is None else (around, None)
+        return written_out(x, condition, times, weights, steps, noise=noise, outside=outside)
+
+    *tensors, weights = given
+    tensors += noise, around
+    exact = plain(*in_float64(*tensors), doubled(weights))
+    assert_as_exact_as_torch(result, plain(*tensors, weights), exact)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -69,6 +76,13 @@ def test_noise_and_renormalisation():
     steps = [dataclasses.replace(step, noise=0.3 * (d < 2)) for d, step in enumerate(steps)]
     given = inputs((3, 11), 2, 3, torch.bfloat16, depth=3, width=1024)
     check(given, steps, noise=torch.randn(3, *given[0].shape, device="cuda").to(torch.bfloat16))
+
+
+def test_renormalisation_of_tokens_of_64_values():
+    """As an embedded model has them; what is outside counts in the norm."""
+    given = inputs((3, 11), 2, 3, torch.bfloat16, depth=3, width=192, token_dim=64)
+    around = randn(3, 9, 64, dtype=torch.bfloat16, seed=50)
+    check(given, numbers(3, guidance=4.0, renorm=0.2), around=around)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e3])

@@ -47,12 +47,8 @@ def run(backend, x, h, weight, bias, gate, **options):
     return residual_norm(x, h, weight, bias, gate=gate, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape, gate_shape", SHAPES)
-def test_kernels_are_as_exact_as_torch(shape, gate_shape, affine, dtype, backend):
-    given = inputs(shape, gate_shape, affine, dtype)
+def check(given, backend):
+    """Result and gradients of what is given."""
     exact_given = in_float64(*given)
     exact, by_torch = reference(*exact_given), plain(*given)
     with poisoned():
@@ -60,7 +56,7 @@ def test_kernels_are_as_exact_as_torch(shape, gate_shape, affine, dtype, backend
     assert_as_exact_as_torch(result, by_torch, exact)
 
     leaves, exact_leaves = ([t for t in ts if t is not None] for ts in (given, exact_given))
-    grad = randn(*shape, dtype=dtype, seed=6)
+    grad = randn(*result.shape, dtype=result.dtype, seed=6)
     with poisoned():
         gradients = torch.autograd.grad(result, leaves, grad)
     exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
@@ -68,6 +64,24 @@ def test_kernels_are_as_exact_as_torch(shape, gate_shape, affine, dtype, backend
     for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
         if right.norm() > 1e-12:  # a norm of one value has no gradient
             assert_as_exact_as_torch(ours, theirs, right)
+
+
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape, gate_shape", SHAPES)
+def test_kernels_are_as_exact_as_torch(shape, gate_shape, affine, dtype, backend):
+    check(inputs(shape, gate_shape, affine, dtype), backend)
+
+
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e15, 1e-7, 1e-40])
+def test_large_tiny_and_denormal_branches(size, dtype, backend):
+    """1e-7 is denormal in float16, 1e-40 in the other dtypes."""
+    x, h, *others = inputs((5, 192), (5, 192), True, dtype)
+    fitting = min(size, torch.finfo(dtype).max / 20)
+    check((x, (h.detach() * fitting).requires_grad_(), *others), backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", *TRITON_AND_CUDA])

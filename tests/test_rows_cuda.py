@@ -100,6 +100,19 @@ def test_residual_norm(rows, width, wide, dtype):
     check(results, residual_norm_op.reference, (x, h, weight, bias, gate), grad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e15, 1e-7, 1e-40])
+def test_large_tiny_and_denormal_inputs(size, dtype):
+    """1e-7 is denormal in float16, 1e-40 in the other dtypes."""
+    normed = normal((3, 192), dtype, 1) * min(size, torch.finfo(dtype).max / 20)
+    x, scale, shift, grad = (normal((3, 192), dtype, seed) for seed in (2, 3, 4, 5))
+    results = run_scale_shift(normed, scale, shift, grad)
+    check(results, scale_shift_op.reference, (normed, scale, shift), grad)
+    weight, bias = normal(192, dtype, 6), normal(192, dtype, 7)
+    inputs = x, normed, weight, bias, scale
+    check(run_residual_norm(*inputs, grad), residual_norm_op.reference, inputs, grad)
+
+
 @pytest.mark.parametrize("affine, gated", [(True, False), (False, True), (False, False)])
 def test_residual_norm_without_gate_or_affine_part(affine, gated):
     x, h, grad = (normal((3, 40), torch.bfloat16, seed) for seed in (1, 2, 3))

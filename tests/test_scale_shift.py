@@ -40,24 +40,38 @@ def inputs(x_shape, vector_shape, dtype):
     return [t.requires_grad_() for t in (x, scale, shift)]
 
 
-@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("x_shape, vector_shape", SHAPES)
-def test_kernels_are_as_exact_as_torch(x_shape, vector_shape, dtype, backend):
-    leaves = inputs(x_shape, vector_shape, dtype)
+def check(leaves, backend):
+    """Result and gradients of x, scale and shift."""
     exact_leaves = in_float64(*leaves)
     exact, by_torch = reference(*exact_leaves), plain(*leaves)
     with poisoned():
         result = scale_shift(*leaves, backend=backend)
     assert_as_exact_as_torch(result, by_torch, exact)
-    grad = randn(*result.shape, dtype=dtype, seed=4)
+    grad = randn(*result.shape, dtype=result.dtype, seed=4)
     with poisoned():
         gradients = torch.autograd.grad(result, leaves, grad)
     exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
     torch_gradients = torch.autograd.grad(by_torch, leaves, grad)
     for ours, theirs, right in zip(gradients, torch_gradients, exact_gradients, strict=True):
-        if x_shape[-1] > 1 or right.norm() > 1e-12:
+        if result.shape[-1] > 1 or right.norm() > 1e-12:
             assert_as_exact_as_torch(ours, theirs, right)
+
+
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_shape, vector_shape", SHAPES)
+def test_kernels_are_as_exact_as_torch(x_shape, vector_shape, dtype, backend):
+    check(inputs(x_shape, vector_shape, dtype), backend)
+
+
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e15, 1e-7, 1e-40])
+def test_large_tiny_and_denormal_inputs(size, dtype, backend):
+    """1e-7 is denormal in float16, 1e-40 in the other dtypes."""
+    x, scale, shift = inputs((5, 192), (5, 192), dtype)
+    fitting = min(size, torch.finfo(dtype).max / 20)
+    check([(x.detach() * fitting).requires_grad_(), scale, shift], backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
