@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--backend", default="auto", choices=BACKENDS, help="of the ops")
     add("--compile", action=switch, help="also with torch.compile; default: on a GPU")
     add("--reference-ops", action="store_true", help="also exact with plain torch for every op")
+    add("--progress", action="store_true", help="also exact with progress bars: what they cost")
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
     add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
     add("--text", action=switch, help="time the text encoder too; default: on a GPU")
@@ -137,6 +138,7 @@ def main() -> int:
                 device,
                 compiled=on_gpu if arguments.compile is None else arguments.compile,
                 reference_ops=arguments.reference_ops,
+                progress=arguments.progress,
                 tuned=on_gpu if arguments.tune is None else arguments.tune,
                 against=arguments.against,
             )

@@ -1,5 +1,6 @@
 """What fps.py measures: the samplers, all called like `nova.sampling.generate_frames`."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +18,15 @@ from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova.schedule import DiffusionSchedule
+from nova.step_hooks import StepProgress
 from nova.tuning.tuner import AppliedTuning, TunedRun, tune_sampler
 
 PLAIN, EXACT, GRAPHS, TUNED = "plain", "exact", "graphs", "tuned"
 PLAIN_COMPILED, EXACT_COMPILED = "plain, compiled", "exact, compiled"
 REFERENCE_OPS = "exact, reference ops"
+PROGRESS = "with progress bars"
 # Their first run compiles, records or measures; it never counts as a measurement.
-STARTING_UP = (PLAIN_COMPILED, EXACT_COMPILED, GRAPHS, TUNED)
+STARTING_UP = (PLAIN_COMPILED, EXACT_COMPILED, GRAPHS, PROGRESS, TUNED)
 
 
 class CompiledSampler:
@@ -70,6 +73,35 @@ class GraphsSampler:
     ) -> Iterator[Tensor]:
         frames = generate_frames(model, conditioning, graphs=self._graphs, **options)
         return _from_graphs(self._graphs, frames)
+
+
+class ProgressSampler:
+    """A sampler with a pipeline's progress bars, which are drawn, but not shown."""
+
+    def __init__(self, sampler: Callable):
+        self._sampler = sampler
+
+    def __call__(
+        self,
+        model: NOVATransformer,
+        conditioning: Conditioning,
+        *,
+        num_frames: int,
+        set_sizes: list[int],
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        with (
+            open(os.devnull, "w") as nowhere,
+            StepProgress(num_frames, len(set_sizes), {"file": nowhere}) as progress,
+        ):
+            yield from self._sampler(
+                model,
+                conditioning,
+                num_frames=num_frames,
+                set_sizes=set_sizes,
+                on_set_end=progress.update,
+                **options,
+            )
 
 
 class TunedSampler:
@@ -132,6 +164,7 @@ def make_samplers(
     *,
     compiled: bool = False,
     reference_ops: bool = False,
+    progress: bool = False,
     tuned: bool = False,
     against: str | None = None,
 ) -> dict[str, Callable]:
@@ -140,6 +173,7 @@ def make_samplers(
     Args:
         compiled: plain and exact also with `torch.compile`.
         reference_ops: also exact with plain torch in place of every op.
+        progress: also exact, from graphs on a GPU, with progress bars.
         tuned: after `nova.tune`.
         against: "diffnext" adds the reference package, as it is and after `nova.accelerate`.
 
@@ -158,6 +192,9 @@ def make_samplers(
         samplers[EXACT_COMPILED] = CompiledSampler(generate_frames)
     if device.type == "cuda":
         samplers[GRAPHS] = GraphsSampler()
+    if progress:
+        sampler = GraphsSampler() if device.type == "cuda" else generate_frames
+        samplers[PROGRESS] = ProgressSampler(sampler)
     if tuned:
         samplers[TUNED] = TunedSampler(device)
     if against is not None:

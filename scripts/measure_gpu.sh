@@ -44,7 +44,7 @@ step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/tes
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 105 batch1 --batch 1 --run-latents 2 --repeats 2
+fps 105 batch1 --batch 1 --run-latents 2 --repeats 2 --progress
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
 fps 70 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
 step 50 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"

@@ -21,6 +21,7 @@ from fps_samplers import (
     GRAPHS,
     PLAIN,
     PLAIN_COMPILED,
+    PROGRESS,
     REFERENCE_OPS,
     TUNED,
     CompiledSampler,
@@ -38,6 +39,7 @@ from nova.engine import SamplingGraphs
 from nova.errors import ConfigError, InputError
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
+from nova.step_hooks import StepProgress
 from nova_kernels import onednn
 from nova_kernels.dispatch import Op
 
@@ -277,6 +279,15 @@ def test_reference_ops_sampler(monkeypatch):
     torch.testing.assert_close(run.sample(sampler), expected, atol=1e-4, rtol=1e-4)
     assert set(chosen) == {"reference"}
     assert run._model.image_decoder.backend == "auto"  # the other samplers go on as before
+
+
+def test_progress_sampler(monkeypatch):
+    run, seen = tiny_run(), []
+    sampler = make_samplers(CPU, progress=True)[PROGRESS]
+    update = StepProgress.update
+    monkeypatch.setattr(StepProgress, "update", lambda bars, step: seen.append(update(bars, step)))
+    assert torch.equal(run.sample(sampler), run.sample(generate_frames))
+    assert len(seen) == run.sets_run
 
 
 def test_share_weights():
