@@ -48,16 +48,21 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     for row in rows:
         if "refused" not in row:
             by_workload.setdefault(workload_name(row), []).append(row)
-    columns = len(by_workload)
-    figure = Figure(figsize=(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * 2), layout="constrained")
+    columns = max(len(by_workload), 1)
+    panels = 2 if any("stages_s" in row for row in rows) else 1
+    size = PANEL_SIZE[0] * columns, PANEL_SIZE[1] * panels
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
-    all_axes = figure.subplots(2, columns, squeeze=False)
+    all_axes = figure.subplots(panels, columns, squeeze=False)
     for column, (name, of_workload) in enumerate(by_workload.items()):
-        speeds, stages = all_axes[:, column]
         part = "" if _is_whole(of_workload[0]) else "\n(a part of a video, scaled up)"
-        speeds.set_title(name + part, fontsize=10)
-        _draw_speeds(speeds, of_workload)
-        _draw_stages(stages, [row for row in of_workload if "stages_s" in row])
+        all_axes[0, column].set_title(name + part, fontsize=10)
+        _draw_speeds(all_axes[0, column], of_workload)
+        with_stages = [row for row in of_workload if "stages_s" in row]
+        if with_stages:
+            _draw_stages(all_axes[1, column], with_stages)
+    for axes in all_axes.flat:
+        axes.set_visible(axes.has_data())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
@@ -101,5 +106,4 @@ def _draw_stages(axes: "Axes", rows: Sequence[Row]) -> None:
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_xlabel("share of the exact sampler's time")
     axes.set_xlim(0, 1)
-    if rows:
-        axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))

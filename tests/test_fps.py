@@ -438,6 +438,22 @@ def test_plot(tmp_path):
     assert (tmp_path / "new" / "fps.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("stages", [(True, True), (True, False), (False, False), ()])
+def test_panels_of_a_plot(tmp_path, monkeypatch, stages):
+    """A panel for speeds, one for stages where they were measured, no empty ones."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    monkeypatch.setattr(figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    [measured] = [row for row in rows_of() if row["sampler"] == EXACT]
+    rows = [{**measured, "geometry": f"number {index}"} for index in range(len(stages))]
+    for row, has_stages in zip(rows, stages, strict=True):
+        if not has_stages:
+            del row["stages_s"]
+    plot(tmp_path / "fps.png", rows, "title")
+    shown = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert len(shown) == len(stages) + sum(stages)
+
+
 def test_formats_of_a_plot():
     pytest.importorskip("matplotlib")
     check_plot(Path("fps.PNG"))
