@@ -520,3 +520,19 @@ def test_what_the_kernel_does_not_take():
         block_causal_attention(q, k, v, [4], backend="triton")
     out, _ = reference_with_lse(q, k, v, BlockLayout.of([4]), None, None, 0.25)
     assert torch.allclose(block_causal_attention(q, k, v, [4]), out, atol=1e-6)
+
+
+@needs_triton
+def test_what_backward_subtracts_is_summed_in_float32():
+    """The sum over a head of out times its gradient, also of float16."""
+    from nova_kernels.triton_kernels import block_causal_attention as kernels
+
+    q, k, v, grad = (randn(1, 2, 20, 64, dtype=torch.float16, seed=seed) for seed in range(4))
+    layout = BlockLayout.of([20])
+    forward = kernels.plan_forward(q, k, v, None, None, layout, 0.1)
+    forward.run()
+    out, lse = forward.arguments["out"], forward.arguments["lse"]
+    launch, *_ = kernels.plan_backward(grad, q, k, v, None, None, out, lse, layout, 0.1)
+    launch.run()
+    right = (out.double() * grad.double()).sum(-1)
+    torch.testing.assert_close(launch.arguments["delta"].double(), right, rtol=1e-5, atol=1e-5)

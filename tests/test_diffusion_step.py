@@ -51,6 +51,19 @@ def test_triton_is_as_exact_as_torch(shape, passes, renorm, masked, dtype):
         assert (factors < 1).any()
 
 
+@pytest.mark.parametrize("guidance, size", [(0.2, 1), (5.0, 1), (5.0, 0)])
+@pytest.mark.parametrize("passes", [2, 3])
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter, for 0 / 0
+def test_factors_of_renormalisation(passes, guidance, size):
+    """At most 1, also where guidance makes the prediction smaller; NaN for one of nothing."""
+    x, predictions = randn(3, 4, 8, seed=1), randn(passes, 3, 4, 8, seed=2) * size
+    step = StepCoefficients(0.9, -0.3, guidance=guidance, image_guidance=1.5, renorm=0.3)
+    results = diffusion_step(x, predictions, step, backend="triton")
+    for found in zip(results, reference(x, predictions, step), strict=True):
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_what_the_numbers_mean(backend):
     x, predictions, noise, _, mask = inputs((2, 3, 4), 2, masked=True)

@@ -90,8 +90,11 @@ def test_several_dtypes(backend):
     x, h, weight, bias, gate = inputs((5, 48), (5, 48), True, torch.float32)
     half = h.detach().half().requires_grad_()
     result = residual_norm(x, half, weight, bias, gate=gate, backend=backend)
-    expected = reference(x, h, weight, bias, gate)
-    assert result.dtype == torch.float32 and torch.allclose(result, expected, atol=1e-2)
+    expected = reference(x, half.float(), weight, bias, gate)
+    # Plain torch rounds the norm to the branch's dtype; kernels round nothing but the branch.
+    tolerance = 1e-2 if backend == "reference" else 1e-5
+    assert result.dtype == torch.float32
+    assert torch.allclose(result, expected, atol=tolerance, rtol=tolerance)
     leaves = (x, half, weight, bias, gate)
     gradients = torch.autograd.grad(result.sum(), leaves)
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves]

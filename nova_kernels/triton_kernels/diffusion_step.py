@@ -27,7 +27,7 @@ def _guide(
     uncond = tl.load(predictions + per_pass + at, inside, 0.0).to(tl.float32)
     if PASSES == 2:
         return cond, uncond + guidance * (cond - uncond), tl.zeros_like(cond)
-    image = tl.load(predictions + 2 * per_pass + at, inside, 0.0).to(tl.float32)
+    image = tl.load(predictions + per_pass + per_pass + at, inside, 0.0).to(tl.float32)
     return cond, uncond + guidance * (cond - image), image_guidance * (image - uncond)
 
 

@@ -19,7 +19,7 @@ def rope3d_kernel(
     b, t = token // tokens, token % tokens
     pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < num_pairs
-    head, entry = pair // pairs_a_head, pair % pairs_a_head
+    head, entry = (pair // pairs_a_head).to(tl.int64), pair % pairs_a_head
     column = 2 * entry[:, None] + tl.arange(0, 2)[None, :]
     source = heads + b * heads_batch + t * heads_token + head[:, None] * heads_head + column
     values = tl.load(source, inside[:, None], 0.0)
