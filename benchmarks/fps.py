@@ -24,11 +24,11 @@ from fps_plot import check_plot, plot
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
-from measure import machine, write_rows
+from measure import check_file, machine, write_rows
 from reference_package import import_reference
 
 from nova.devices import check_device, free_memory
-from nova.errors import InputError, NovaError
+from nova.errors import NovaError
 from nova_kernels.dispatch import BACKENDS
 from nova_kernels.errors import BackendError
 
@@ -70,23 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="write the rows to this file")
     add("--plot", type=Path, help="draw them into this file, such as fps.png")
     return parser
-
-
-def check_file(path: Path) -> None:
-    """Check before long work that a file of any kind can be written; missing folders are created.
-
-    Raises:
-        InputError: it cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with path.open("a"):  # what is in it stays
-            pass
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
 
 
 def main() -> int:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from card_facts import card_facts
-from fps import check_file
 from fps_samplers import EXACT, GRAPHS, PLAIN, TUNED, make_samplers
 from fps_workloads import RELEASED, SMALL, choose_workloads
-from measure import machine, timed, write_rows
+from measure import check_file, machine, timed, write_rows
 from random_model import RandomModelRun
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nova.devices import check_device
 from nova.errors import NovaError
+from nova.graph_recording import RecordingError
 from nova_kernels.dispatch import BACKENDS
 from nova_kernels.errors import BackendError
 
@@ -123,7 +123,7 @@ def main() -> int:
             backend=arguments.backend,
         )
         rows, run_ms = kernel_times(run, samplers[name], device, arguments.trace)
-    except (NovaError, BackendError) as error:
+    except (NovaError, BackendError, RecordingError) as error:
         parser.error(str(error))
     facts = machine(device) | card_facts(device)
     what = f"{workload.geometry}, batch {arguments.batch}, {run.sets_run} sets, {name}"

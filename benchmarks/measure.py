@@ -1,4 +1,4 @@
-"""What every benchmark measures alike: time, peak memory, and the machine it ran on."""
+"""What every benchmark does alike: time, peak memory, the machine it ran on, results files."""
 
 import json
 import platform
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nova.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +96,23 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def check_file(path: Path) -> None:
+    """Check before long work that a file of any kind can be written; missing folders are created.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("a"):  # what is in it stays
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
 
 
 def write_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -65,9 +65,10 @@ def weights_key(model: NOVATransformer) -> Hashable:
     Raises:
         RecordingError: parts of it may do something else each time, which replays would not follow.
     """
-    for name, module in model.named_modules():
+    named = dict(model.named_modules())
+    for name, module in named.items():
         _check_fixed(name, module)
-    modules = list(model.modules())
+    modules = named.values()
     return (
         tuple(requested(module.backend) for module in modules if hasattr(module, "backend")),
         tuple(
