@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .engine import SamplingGraphs
 from .errors import InputError, NovaError
 from .guidance import Guidance
+from .layers import is_altered
 from .model import NOVATransformer
 from .noise import NoiseSource
 from .sampling import generate_frames
@@ -338,7 +339,7 @@ def _altered_layer(transformer: nn.Module) -> str | None:
         # The transformer itself and its embeddings are run as they are.
         if not name or name.split(".")[0] in EMBEDDINGS:
             continue
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if is_altered(module):
             return name
     return None
 

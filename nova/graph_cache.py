@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nova_kernels.dispatch import requested
 
 from .graph_recording import Recorder, RecordingError
+from .layers import is_altered
 from .model import NOVATransformer
 
 Recorded = TypeVar("Recorded", bound=Sized)
@@ -85,7 +86,7 @@ def _check_fixed(name: str, module: nn.Module) -> None:
     # Adapters and parametrisations are modules of other packages or of other parts of torch.
     if not f"{kind.__module__}.".startswith((f"{__package__}.", "torch.nn.modules.")):
         reason = f"is a {kind.__name__}"
-    elif module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    elif is_altered(module):
         reason = "has hooks"
     elif not all(type(p) in (Tensor, nn.Parameter) for p in module.parameters(recurse=False)):
         reason = "has weights of a kind of their own"

@@ -11,7 +11,7 @@ from nova_kernels.head_weights import BlockWeights, HeadWeights, with_unit_scale
 from nova_kernels.ops.denoise import ADA_NORM_EPS
 
 from .errors import InputError
-from .layers import PatchEmbed, is_plain
+from .layers import PatchEmbed, is_altered, is_plain
 from .positions import timestep_features
 
 
@@ -127,7 +127,7 @@ class PreparedHead:
         timesteps: (D,) diffusion times of the loop.
 
     Raises:
-        InputError: a layer was wrapped, replaced or hooked, so that its weights are not all of it.
+        InputError: a module was wrapped, replaced or hooked, so that its weights are not all of it.
 
     Attributes:
         weights: of what is in the loop.
@@ -136,11 +136,15 @@ class PreparedHead:
     """
 
     def __init__(self, head: DiffusionMLP, timesteps: Tensor):
+        for name, module in head.named_modules():
+            # `time_cond_embed`'s own modules are run as they are.
+            if is_altered(module) and not name.startswith("time_cond_embed."):
+                raise _passed_over(module)
         self._embed = head.time_cond_embed
         self.backend = head.backend
         self.time_embeddings = self._embed.embed_timesteps(timesteps)
         self.weights = HeadWeights(
-            embed=(head.patch_embed.token_weight(), head.patch_embed.proj.bias),
+            embed=_token_embedding(head.patch_embed),
             blocks=tuple(
                 BlockWeights(
                     _weights(block.proj.fc1),
@@ -164,9 +168,18 @@ class PreparedHead:
 def _weights(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer of torch's `kind`; what else it did would be passed over."""
     if not is_plain(layer, kind):
-        raise InputError(
-            "the denoise loop reads the weights of the diffusion MLP's layers, and one of them, of "
-            f"type {type(layer).__name__}, does more than a plain {kind.__name__}: merge adapters "
-            "into the weights, and remove hooks"
-        )
+        raise _passed_over(layer)
     return layer.weight, layer.bias
+
+
+def _token_embedding(embed: PatchEmbed) -> tuple[Tensor, Tensor]:
+    _, bias = _weights(embed.proj, nn.Conv2d)
+    return embed.token_weight(), bias
+
+
+def _passed_over(module: nn.Module) -> InputError:
+    return InputError(
+        "the denoise loop reads the weights of the diffusion MLP's layers, and one of its modules, "
+        f"of type {type(module).__name__}, does more than its weights tell: merge adapters into "
+        "the weights, and remove hooks"
+    )

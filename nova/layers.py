@@ -128,6 +128,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's calls, or has replaced its `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer is torch's `kind` with a bias, and nobody replaced a part of it or listens.
 
@@ -138,8 +144,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         type(layer) is kind
         and type(layer.weight) in (Tensor, nn.Parameter)
         and layer.bias is not None
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and "forward" not in layer.__dict__
+        and not is_altered(layer)
     )
 
 

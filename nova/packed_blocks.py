@@ -9,7 +9,7 @@ from nova_kernels import onednn
 from nova_kernels.dispatch import requested
 from nova_kernels.onednn import PackedLinear
 
-from .layers import Attention, Block, Mlp, is_plain
+from .layers import Attention, Block, Mlp, is_altered, is_plain
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -38,8 +38,7 @@ def _can_pack(block: Block) -> bool:
     if not all(is_plain(layer) and onednn.is_usable(layer.weight) for layer in layers):
         return False
     # What is attached to the MLP goes with it; a copy would forget that it was compiled.
-    changed = mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in vars(mlp)
-    return not changed and not any(module._compiled_call_impl for module in block.modules())
+    return not is_altered(mlp) and not any(module._compiled_call_impl for module in block.modules())
 
 
 def _packed(block: Block, *, qkv: bool = True) -> Block:

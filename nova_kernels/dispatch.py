@@ -52,8 +52,9 @@ class Op:
         """The implementation for these tensors: "reference" or one of `implementations`.
 
         Raises:
-            ValueError: `backend`, or what NOVA_KERNELS_BACKEND holds, is not one of `BACKENDS`.
-            BackendError: the implementation that was asked for cannot run on these tensors.
+            ValueError: `backend` is not one of `BACKENDS`.
+            BackendError: the implementation that was asked for cannot run on these tensors, or
+                NOVA_KERNELS_BACKEND names none.
         """
         named = requested(backend)
         if backend == "auto" and named not in self.implementations:
@@ -107,12 +108,16 @@ def requested(backend: str) -> str:
     """What is asked for, with NOVA_KERNELS_BACKEND in place of "auto".
 
     Raises:
-        ValueError: it is not one of `BACKENDS`.
+        ValueError: `backend` is not one of `BACKENDS`.
+        BackendError: the variable's value is not.
     """
-    if backend == "auto":
-        backend = os.environ.get(VARIABLE, "auto")
     check_backend(backend)
-    return backend
+    if backend != "auto":
+        return backend
+    named = os.environ.get(VARIABLE, "auto")
+    if named not in BACKENDS:
+        raise BackendError(f"{VARIABLE} is {named!r}: it takes {', '.join(BACKENDS)}")
+    return named
 
 
 def check_backend(backend: str) -> None:

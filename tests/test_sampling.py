@@ -142,9 +142,29 @@ def test_adapters_of_the_diffusion_mlp_are_not_passed_over():
     model = small_model()
     projector = model.image_decoder.blocks[1].proj
     projector.fc2 = Adapter(projector.fc2)
-    with pytest.raises(InputError, match="type Adapter.* than a plain Linear: merge adapters"):
+    with pytest.raises(InputError, match="type Adapter, does more .* merge adapters"):
         sample(model)
     assert torch.isfinite(sample(model, generate_frames_plain)).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "patch_embed", "patch_embed.proj", "blocks.1", "blocks.0.proj", "norm.proj"]
+)
+def test_hooks_of_the_diffusion_mlp_are_not_passed_over(name):
+    model = small_model()
+    hook = model.image_decoder.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="remove hooks"):
+        sample(model)
+    hook.remove()
+    assert torch.isfinite(sample(model)).all()
+
+
+def test_hooks_of_what_embeds_the_condition_are_called():
+    model, calls = small_model(), []
+    projector = model.image_decoder.time_cond_embed.condition_proj
+    projector.register_forward_hook(lambda *_: calls.append(1))
+    sample(model)
+    assert calls
 
 
 # Generators ----------------------------------------------------------------------------------

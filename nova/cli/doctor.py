@@ -317,7 +317,7 @@ def _what_runs(torch: Any) -> dict[str, Any]:
     runs = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     try:
         entries = nova_kernels.report(device.type, check=False)
-    except (ValueError, RuntimeError) as error:  # NOVA_KERNELS_BACKEND, or a GPU that is in use
+    except RuntimeError as error:  # NOVA_KERNELS_BACKEND, or a GPU that is in use
         return {**runs, "ops": {}, "error": str(error)}
     ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
     packs = device.type == "cpu" and requested("auto") == "auto"
