@@ -5,10 +5,11 @@ import importlib.util
 import sys
 
 from nova_kernels.build import build_info, devices
+from nova_kernels.errors import BackendError
 
 
 def main() -> int:
-    """Exit code 1 if an op is wrong on this machine."""
+    """Exit code 1 if an op is wrong on this machine, or if NOVA_KERNELS_BACKEND is."""
     parser = argparse.ArgumentParser(prog="python -m nova_kernels", description=__doc__)
     parser.add_argument("--build", action="store_true", help="only how the kernels were built")
     only_build = parser.parse_args().build
@@ -18,7 +19,11 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         print("ops: torch is not installed")
         return 0
-    return print_ops()
+    try:
+        return print_ops()
+    except BackendError as error:
+        print(error)
+        return 1
 
 
 def print_build() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nova_kernels.dispatch import Op, is_interpreting
+from nova_kernels.dispatch import Op, is_interpreting, requested
 from nova_kernels.errors import BackendError, in_a_line
 from nova_kernels.isolation import Ended, run_apart
 from nova_kernels.self_check import TOLERANCES, largest_error, self_checks
@@ -62,7 +62,11 @@ def each_report(device: str | None = None, *, check: bool = True) -> Iterator[Im
         check: run every implementation that can run on small inputs, forward and backward, in all
             dtypes, and compare it with its reference. On a GPU that is done by another process
             (`isolation.py`).
+
+    Raises:
+        BackendError: NOVA_KERNELS_BACKEND is not a backend.
     """
+    requested("auto")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = str(torch.empty(0, device=device).device)  # with its number
     ops = {case.op.name: case.op for case in self_checks()}

@@ -69,6 +69,14 @@ def test_command_on_a_machine_without_a_gpu(monkeypatch):
     assert "* scale_shift" in result.stdout and "it needs tensors on a GPU" in result.stdout
 
 
+def test_command_with_a_backend_that_there_is_not(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fast")
+    command = [sys.executable, "-m", "nova_kernels"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and not result.stderr
+    assert f"{VARIABLE} is 'fast'" in result.stdout
+
+
 def test_automatic_choice(monkeypatch):
     """Only what is verified and can run is chosen by itself; a name runs or raises."""
     on_cpu = torch.empty(0)

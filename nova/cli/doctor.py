@@ -316,11 +316,11 @@ def _what_runs(torch: Any) -> dict[str, Any]:
     dtype = choose_dtype(None, device)
     runs = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     try:
+        packs = requested("auto") == "auto" and device.type == "cpu"
         entries = nova_kernels.report(device.type, check=False)
     except RuntimeError as error:  # NOVA_KERNELS_BACKEND, or a GPU that is in use
         return {**runs, "ops": {}, "error": str(error)}
     ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
-    packs = device.type == "cpu" and requested("auto") == "auto"
     if packs and onednn.is_usable(torch.empty(0, dtype=dtype)):
         ops["linear layers"] = "oneDNN"
     return {**runs, "ops": ops}
