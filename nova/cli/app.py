@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .encode import encode
 from .errors import CommandGroup, DebugOption
 from .export import export
 from .generate import generate
-from .train import encode, train, train_text_encoder, train_vae
+from .train import train
+from .train_text_encoder import train_text_encoder
+from .train_vae import train_vae
 
 app = typer.Typer(
     name="nova",
