@@ -16,7 +16,8 @@ __device__ inline float warp_sum(float value) {
 }
 
 // Every one of N values becomes its sum over the block, in all threads. WARPS of them call this
-// together; scratch holds WARPS * N floats, and may be used again at once.
+// together; scratch holds WARPS * N floats. Before it is used again, the threads have to meet, for
+// example in a sum that uses other scratch.
 template <int WARPS, int N>
 __device__ inline void block_sum(float (&values)[N], float* scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -32,12 +33,10 @@ __device__ inline void block_sum(float (&values)[N], float* scratch) {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) values[i] += scratch[w * N + i];
   }
-  __syncthreads();
 }
 
 // Every one of N values becomes its sum over `warps` warps, in all of their threads: a warp alone,
-// or all of the block. scratch holds warps * N floats; before it is used again, the threads have to
-// meet, for example in a sum that uses other scratch.
+// or all of the block. Scratch as above.
 template <int N>
 __device__ inline void sum_over_warps(float (&values)[N], int warps, float* scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -11,22 +11,10 @@ namespace {
 
 constexpr const char* kOp = "denoise";
 
-using Kernel = void (*)(DenoiseArguments);
-
-template <typename T>
-Kernel kernel_for(int passes) {
-  switch (passes) {
-    case 1: return denoise_kernel<T, 1>;
-    case 2: return denoise_kernel<T, 2>;
-    case 3: return denoise_kernel<T, 3>;
-    default: throw std::invalid_argument("denoise: 1 to 3 passes");
-  }
-}
-
-Kernel kernel_for(Dtype dtype, int passes) {
+DenoiseKernel kernel_for(Dtype dtype, int passes, int units) {
   switch (dtype) {
-    case Dtype::kFloat16: return kernel_for<__half>(passes);
-    case Dtype::kBFloat16: return kernel_for<__nv_bfloat16>(passes);
+    case Dtype::kFloat16: return denoise_kernel_for<__half>(passes, units);
+    case Dtype::kBFloat16: return denoise_kernel_for<__nv_bfloat16>(passes, units);
     default: throw std::invalid_argument("denoise: float16 or bfloat16");
   }
 }
@@ -59,7 +47,7 @@ int attribute_of(cudaDeviceAttr attribute) {
   return value;
 }
 
-void allow_shared_memory(Kernel kernel, int bytes) {
+void allow_shared_memory(DenoiseKernel kernel, int bytes) {
   check(kOp, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
@@ -67,7 +55,7 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 }  // namespace
 
 void launch_denoise(const DenoiseArguments& arguments, void* stream) {
-  const Kernel kernel = kernel_for(arguments.dtype, arguments.passes);
+  const DenoiseKernel kernel = kernel_for(arguments.dtype, arguments.passes, arguments.units);
   const auto on = static_cast<cudaStream_t>(stream);
   allow_shared_memory(kernel, arguments.shared_bytes);
   Configuration launch(arguments.clusters * arguments.cluster_size, arguments.cluster_size,
@@ -81,7 +69,7 @@ int count_denoise_clusters(Dtype dtype, int passes, int cluster_size) {
   const int multiprocessors = attribute_of(cudaDevAttrMultiProcessorCount);
   if (cluster_size == 1) return multiprocessors;
   if (attribute_of(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
-  const Kernel kernel = kernel_for(dtype, passes);
+  const DenoiseKernel kernel = kernel_for(dtype, passes, kMaxUnits);
   const int shared_bytes = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   allow_shared_memory(kernel, shared_bytes);
   Configuration launch(multiprocessors / cluster_size * cluster_size, cluster_size, shared_bytes,

@@ -14,6 +14,8 @@
 #include "denoise_layers.cuh"
 #include "denoise_tokens.cuh"
 
+#include <stdexcept>
+
 namespace nova {
 
 // A barrier of the whole grid, which has to run at once.
@@ -38,13 +40,13 @@ class GridBarrier {
   unsigned reached = 0;
 };
 
-// T is float16 or bfloat16, PASSES the guidance passes.
-template <typename T, int PASSES>
+// T is float16 or bfloat16, PASSES the guidance passes, UNITS the most units of a cluster.
+template <typename T, int PASSES, int UNITS>
 __global__ void __launch_bounds__(kDenoiseThreads, 1)
     denoise_kernel(const __grid_constant__ DenoiseArguments a) {
   const DenoiseLayout layout(a);
   const DenoiseMemory memory(a, layout);
-  DenoiseLayers<T> layers(a, layout, memory);
+  DenoiseLayers<T, UNITS> layers(a, layout, memory);
   DenoiseTokens<T, PASSES> tokens(a, memory);
   GridBarrier grid(a.arrivals);
 
@@ -76,6 +78,20 @@ __global__ void __launch_bounds__(kDenoiseThreads, 1)
     if (!last_step) grid.sync();
   }
   wait_for_copies<0>();
+}
+
+using DenoiseKernel = void (*)(DenoiseArguments);
+
+// The kernel for guidance passes and a plan's units.
+template <typename T>
+DenoiseKernel denoise_kernel_for(int passes, int units) {
+  const bool few = units <= kFewUnits;
+  switch (passes) {
+    case 1: return few ? denoise_kernel<T, 1, kFewUnits> : denoise_kernel<T, 1, kMaxUnits>;
+    case 2: return few ? denoise_kernel<T, 2, kFewUnits> : denoise_kernel<T, 2, kMaxUnits>;
+    case 3: return few ? denoise_kernel<T, 3, kFewUnits> : denoise_kernel<T, 3, kMaxUnits>;
+    default: throw std::invalid_argument("denoise: 1 to 3 passes");
+  }
 }
 
 }  // namespace nova

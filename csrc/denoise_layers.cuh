@@ -6,14 +6,18 @@
 
 namespace nova {
 
-constexpr int kMaxUnits = 6;
-constexpr int kChunk = 32;        // inputs of a chunk: the k of two mma, 16 bytes a lane
-constexpr int kMaxTileGroup = 4;  // tiles that are computed at a time
-constexpr int kChunksAhead = 5;   // chunks of rows that a warp asks for before it waits
-constexpr int kQuad = 4;          // neighbouring outputs that a thread adds up and writes
+constexpr int kChunk = 32;         // inputs of a chunk: the k of two mma, 16 bytes a lane
+constexpr int kMaxGroupShift = 2;  // 2^2 tiles are computed at a time
+constexpr int kWarpShift = 3;      // of the warps, 2^3
+constexpr int kTileShift = 4;      // of a tile's rows, 2^4
+constexpr int kChunksAhead = 5;    // chunks of rows that a warp asks for before it waits
+constexpr int kPartsAhead = 8;     // partial sums that a thread asks for before it waits
+constexpr int kQuad = 4;           // neighbouring outputs that a thread adds up and writes
+static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "powers of two");
 
-// T is float16 or bfloat16.
-template <typename T>
+// T is float16 or bfloat16, UNITS the most units of a cluster that it is compiled for. Between two barriers every read that waits for another one counts, and so
+// does every division, so threads ask for all that they can at once, and indices are made of shifts.
+template <typename T, int UNITS>
 class DenoiseLayers {
  public:
   __device__ DenoiseLayers(const DenoiseArguments& arguments, const DenoiseLayout& layout,
@@ -24,10 +28,14 @@ class DenoiseLayers {
         weights(memory.weights),
         work(memory.work),
         rows(arguments.passes * arguments.tokens),
+        tiles((rows + kTile - 1) / kTile),
+        group_shift(tiles > 2 ? kMaxGroupShift : tiles - 1),
         layers(2 * arguments.depth),
         rank(arguments.cluster_size > 1 ? rank_in_cluster() : 0),
         cluster(static_cast<int>(blockIdx.x) / arguments.cluster_size),
+        units(count_units()),
         chunks(arguments.width / kChunk / arguments.cluster_size),
+        share((units * (kUnit / kQuad) << (kTileShift + group_shift)) / arguments.cluster_size),
         lane(threadIdx.x % kWarpSize),
         warp(threadIdx.x / kWarpSize) {}
 
@@ -42,49 +50,47 @@ class DenoiseLayers {
   // of a cluster divide the inputs once more. Partial sums meet in shared memory.
   template <bool FIRST>
   __device__ void multiply(int step, int layer, const T* in) {
-    const uint4* slice = weights_of(step, layer);
-    const int tiles = (rows + kTile - 1) / kTile;
-    const int tile_group = tiles >= 3 ? kMaxTileGroup : tiles;
-    const int chunk_groups = kDenoiseWarps / tile_group;
-    const int units = count_units(layer);
+    const char* slice = weights_of(step, layer);
+    const int tile_group = 1 << group_shift;
     for (int first = 0; first < tiles; first += tile_group) {
-      const int tile = first + warp % tile_group;
+      const int tile = first + (warp & (tile_group - 1));
       if (tile < tiles) {
-        float sum[kMaxUnits][4] = {};
-        accumulate(sum, in, slice, tile, warp / tile_group, chunk_groups, units);
-        keep_partial(sum, units);
+        float sum[UNITS][4] = {};
+        const int chunk_group = warp >> group_shift;
+        // One of those whose sums are added up begins with the bias.
+        if (rank == 0 && chunk_group == 0) begin_with_bias(sum, layer);
+        accumulate(sum, in, slice, tile, chunk_group, kDenoiseWarps >> group_shift);
+        keep_partial(sum);
       }
       sync_cluster(a.cluster_size);
-      finish<FIRST>(layer, first, tile_group, chunk_groups, units);
+      finish<FIRST>(first);
       if (first + tile_group < tiles) sync_cluster(a.cluster_size);
     }
   }
 
  private:
-  // Units of a layer go to clusters in turn, and on from layer to layer, so that all have their
-  // share: cluster c has unit c - layer * (units of a layer), modulo clusters, and every
-  // a.clusters-th one after it.
-  __device__ int first_unit(int layer) const {
-    const int shifted = (cluster - layer * (a.width / kUnit)) % a.clusters;
-    return shifted < 0 ? shifted + a.clusters : shifted;
+  // A layer's units go to clusters in turn: cluster c has unit c and every a.clusters-th one after.
+  __device__ int count_units() const {
+    const int last = cluster + (a.units - 1) * a.clusters;
+    return last < a.width / kUnit ? a.units : a.units - 1;
   }
 
-  __device__ int count_units(int layer) const {
-    const int first = first_unit(layer), all = a.width / kUnit;
-    return first < all ? (all - first + a.clusters - 1) / a.clusters : 0;
-  }
+  // The first output of a unit of this cluster.
+  __device__ int column_of(int unit) const { return (cluster + unit * a.clusters) * kUnit; }
 
   // Begins to copy this block's slice of a layer. Its 16-byte pieces lie in the order in which
   // lanes read them: [unit][chunk][lane], the lane's piece being eight inputs of output lane / 4.
   __device__ void copy_weights(int layer, int slot) {
     const T* weight = static_cast<const T*>(a.layer_weight[layer]) + first_input();
-    const int first = first_unit(layer), pieces = count_units(layer) * chunks * kWarpSize;
-    for (int piece = threadIdx.x; piece < pieces; piece += kDenoiseThreads) {
-      const int at = piece % kWarpSize, chunk = piece / kWarpSize % chunks;
-      const int unit = first + piece / kWarpSize / chunks * a.clusters;
-      const T* from = weight + static_cast<size_t>(unit * kUnit + at / 4) * a.width +
-                      chunk * kChunk + at % 4 * 8;
-      copy_async(weights + slot * slot_bytes + piece * 16, from);
+    const int pieces = chunks * kWarpSize;
+    for (int unit = 0; unit < units; ++unit) {
+      char* to = weights + slot * slot_bytes + unit * pieces * 16;
+      for (int piece = threadIdx.x; piece < pieces; piece += kDenoiseThreads) {
+        const int at = piece % kWarpSize, chunk = piece / kWarpSize;
+        const int output = column_of(unit) + at / 4;
+        copy_async(to + piece * 16,
+                   weight + static_cast<size_t>(output) * a.width + chunk * kChunk + at % 4 * 8);
+      }
     }
     commit_copies();
   }
@@ -96,22 +102,36 @@ class DenoiseLayers {
 
   // This block's slice of a layer, complete. Streaming, the next layer's is begun as well: its slot
   // was read before the last barrier.
-  __device__ const uint4* weights_of(int step, int layer) {
+  __device__ const char* weights_of(int step, int layer) {
     int slot = layer;
     if (resident()) {
       wait_for_copies<0>();
     } else {
       slot = (step * layers + layer) % 2;
-      copy_weights((layer + 1) % layers, 1 - slot);
+      copy_weights(layer + 1 < layers ? layer + 1 : 0, 1 - slot);
       wait_for_copies<1>();
     }
     __syncthreads();
-    return reinterpret_cast<const uint4*>(weights + slot * slot_bytes);
+    return weights + slot * slot_bytes;
+  }
+
+  // A unit that there is: where a cluster has fewer than UNITS, the last one is computed again, as
+  // that is cheaper than branches, and its sums are left.
+  __device__ int existing(int unit) const { return unit < units ? unit : units - 1; }
+
+  __device__ void begin_with_bias(float (&sum)[UNITS][4], int layer) const {
+    const T* bias = static_cast<const T*>(a.layer_bias[layer]) + lane % 4 * 2;
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) {
+      float pair[2];
+      load(bias + column_of(existing(unit)), pair);
+      sum[unit][0] = sum[unit][2] = pair[0], sum[unit][1] = sum[unit][3] = pair[1];
+    }
   }
 
   // sum += rows of a tile times all units, over chunks `start`, `start + stride`, ...
-  __device__ void accumulate(float (&sum)[kMaxUnits][4], const T* in, const uint4* slice, int tile,
-                             int start, int stride, int units) const {
+  __device__ void accumulate(float (&sum)[UNITS][4], const T* in, const char* slice, int tile,
+                             int start, int stride) const {
     const int upper = tile * kTile + lane / 4, lower = upper + 8;
     const T* column = in + first_input() + lane % 4 * 8;
     const uint4 zero = {0, 0, 0, 0};
@@ -129,56 +149,70 @@ class DenoiseLayers {
       for (int i = 0; i < kChunksAhead; ++i) {
         const int chunk = begin + i * stride;
         if (chunk >= chunks) break;
+        const char* pieces = slice + (chunk * kWarpSize + lane) * 16;
+        uint4 piece[UNITS];
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) {
+          const char* from = pieces + existing(unit) * chunks * kWarpSize * 16;
+          piece[unit] = *reinterpret_cast<const uint4*>(from);
+        }
         // A lane has eight neighbouring inputs where the mma wants pairs 2t and 2t + 8 of sixteen:
         // the sum over inputs may take them in any order that rows and weights share.
         const uint32_t a0[4] = {above[i].x, below[i].x, above[i].y, below[i].y};
         const uint32_t a1[4] = {above[i].z, below[i].z, above[i].w, below[i].w};
 #pragma unroll
-        for (int unit = 0; unit < kMaxUnits; ++unit) {
-          if (unit >= units) break;
-          const uint4 piece = slice[(unit * chunks + chunk) * kWarpSize + lane];
-          const uint32_t b0[2] = {piece.x, piece.y}, b1[2] = {piece.z, piece.w};
+        for (int unit = 0; unit < UNITS; ++unit) {
+          const uint32_t b0[2] = {piece[unit].x, piece[unit].y};
           multiply_add<T>(sum[unit], a0, b0);
+        }
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) {
+          const uint32_t b1[2] = {piece[unit].z, piece[unit].w};
           multiply_add<T>(sum[unit], a1, b1);
         }
       }
     }
   }
 
-  __device__ void keep_partial(const float (&sum)[kMaxUnits][4], int units) {
+  __device__ void keep_partial(const float (&sum)[UNITS][4]) {
     float* upper = work + (warp * kTile + lane / 4) * pitch + lane % 4 * 2;
     float* lower = upper + 8 * pitch;
 #pragma unroll
-    for (int unit = 0; unit < kMaxUnits; ++unit) {
+    for (int unit = 0; unit < UNITS; ++unit) {
       if (unit >= units) break;
       upper[unit * kUnit] = sum[unit][0], upper[unit * kUnit + 1] = sum[unit][1];
       lower[unit * kUnit] = sum[unit][2], lower[unit * kUnit + 1] = sum[unit][3];
     }
   }
 
-  // Adds the partial sums of warps and of the cluster's blocks, always in one order, and the bias.
+  // Adds the partial sums of warps and of the cluster's blocks, always in one order, and writes what
+  // the layer gives for the tiles of a group.
   template <bool FIRST>
-  __device__ void finish(int layer, int first_tile, int tile_group, int chunk_groups, int units) {
-    const T* bias = static_cast<const T*>(a.layer_bias[layer]);
-    const int vectors = units * kUnit / kQuad;
-    const int count = tile_group * kTile * vectors;
-    for (int item = rank * kDenoiseThreads + threadIdx.x; item < count;
-         item += a.cluster_size * kDenoiseThreads) {
-      const int tile_row = item / vectors, vector = item % vectors;
-      const int row = first_tile * kTile + tile_row;
-      if (row >= rows) break;
-      const int unit = first_unit(layer) + vector * kQuad / kUnit * a.clusters;
-      const int column = unit * kUnit + vector * kQuad % kUnit;
-      float sum[kQuad];
-      load(bias + column, sum);
-      for (int peer = 0; peer < a.cluster_size; ++peer) {
-        for (int group = 0; group < chunk_groups; ++group) {
-          const int warp_row = (group * tile_group + tile_row / kTile) * kTile + tile_row % kTile;
-          const float* mine = work + warp_row * pitch + vector * kQuad;
-          float part[kQuad];
-          load_from_peer(mine, peer, a.cluster_size, part);
+  __device__ void finish(int first_tile) {
+    const int rows_shift = kTileShift + group_shift;           // of the group's rows
+    const int chunk_groups_shift = kWarpShift - group_shift;   // of the partial sums of a block
+    const int parts = a.cluster_size << chunk_groups_shift;
+    for (int i = threadIdx.x; i < share; i += kDenoiseThreads) {
+      const int item = rank * share + i;
+      const int row_of_group = item & ((1 << rows_shift) - 1), quad = item >> rows_shift;
+      const int row = first_tile * kTile + row_of_group;
+      if (row >= rows) continue;
+      const int column = column_of(quad * kQuad / kUnit) + quad * kQuad % kUnit;
+      float sum[kQuad] = {};
+      for (int begin = 0; begin < parts; begin += kPartsAhead) {
+        float part[kPartsAhead][kQuad];
 #pragma unroll
-          for (int j = 0; j < kQuad; ++j) sum[j] += part[j];
+        for (int i = 0; i < kPartsAhead; ++i) {
+          const int peer = (begin + i) >> chunk_groups_shift;
+          const int chunk_group = (begin + i) & ((1 << chunk_groups_shift) - 1);
+          const int warp_row = (chunk_group << rows_shift) + row_of_group;
+          const float* mine = work + warp_row * pitch + quad * kQuad;
+          if (begin + i < parts) load_from_peer(mine, peer, part[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kPartsAhead; ++i) {
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) sum[j] += begin + i < parts ? part[i][j] : 0.0f;
         }
       }
       if (FIRST) {
@@ -195,7 +229,9 @@ class DenoiseLayers {
   const int slot_bytes, pitch;
   char* const weights;
   float* const work;
-  const int rows, layers, rank, cluster, chunks, lane, warp;
+  const int rows, tiles, group_shift, layers, rank, cluster, units, chunks;
+  const int share;  // of what a group's tiles give, in quads, that a block of the cluster writes
+  const int lane, warp;
 };
 
 }  // namespace nova

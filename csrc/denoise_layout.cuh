@@ -11,6 +11,8 @@ namespace nova {
 constexpr int kDenoiseWarps = 8;
 constexpr int kDenoiseThreads = kDenoiseWarps * kWarpSize;
 constexpr int kUnit = 8;   // outputs of a unit: the n of an mma
+// Most units of a cluster: where clusters are of one block, and where they are of four.
+constexpr int kFewUnits = 2, kMaxUnits = 6;
 constexpr int kTile = 16;  // rows of a tile: the m of an mma
 
 // Sizes of what a block keeps in shared memory, in bytes unless they count something else.
@@ -38,7 +40,7 @@ struct DenoiseMemory {
   float* residual;     // (owned, passes, width)
   float* tokens;       // (owned, token_dim)
   float* predictions;  // (owned, passes, token_dim)
-  float* sums;         // (warps, passes), scratch of block_sum
+  float* sums;         // (2, warps, passes), scratch of two sums in turn
   float* outside;      // (owned,) squared norm of the tokens outside, of each one's sample
 
   __device__ DenoiseMemory(const DenoiseArguments& a, const DenoiseLayout& layout) {
@@ -48,7 +50,7 @@ struct DenoiseMemory {
     tokens = residual + layout.owned * a.passes * a.width;
     predictions = tokens + layout.owned * a.token_dim;
     sums = predictions + layout.owned * a.passes * a.token_dim;
-    outside = sums + kDenoiseWarps * a.passes;
+    outside = sums + 2 * kDenoiseWarps * a.passes;
   }
 };
 

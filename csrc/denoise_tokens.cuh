@@ -1,7 +1,9 @@
 // Rows of tokens in the denoise kernel: residual, norms, head, guidance, scheduler and embedding.
 //
 // Every token belongs to one block, which keeps its residual in shared memory for all steps. A
-// thread has kVector neighbouring columns of a token's rows, one row a guidance pass.
+// thread has kVector neighbouring columns of a token's rows, one row a guidance pass. What it reads
+// from memory it asks for at once, before the first sum: sums are barriers, behind which the next
+// read would wait anew.
 #pragma once
 
 #include "denoise_layout.cuh"
@@ -11,6 +13,7 @@ namespace nova {
 
 constexpr int kVector = 4;
 constexpr int kMaxVectors = 2;  // of a thread, for rows of up to 2048
+constexpr int kOutputs = 2;     // of the head that a warp computes at a time
 constexpr float kNormEps = 1e-5f;
 constexpr float kAdaNormEps = 1e-6f;
 
@@ -47,12 +50,14 @@ class DenoiseTokens {
   // residual = the embedded token, the same for all passes; normed = what the first block takes.
   __device__ void embed(int step, int token, int place) {
     const T* weight = static_cast<const T*>(a.embed_weight);
-    Rows r;
+    const Modulation modulation = modulation_of(step, 0, token);
+    Rows r = {};
 #pragma unroll
     for (int i = 0; i < kMaxVectors; ++i) {
       if (column(i) >= a.width) break;
       float sum[kVector];
       load(static_cast<const T*>(a.embed_bias) + column(i), sum);
+#pragma unroll 4
       for (int k = 0; k < a.token_dim; k += kVector) {
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
@@ -71,24 +76,28 @@ class DenoiseTokens {
         for (int j = 0; j < kVector; ++j) r.value[pass][i][j] = sum[j];
       }
     }
-    modulate(r, step, 0, token);
+    modulate(r, modulation);
     store_normed(r, token);
   }
 
   // residual += gate * LN(branch), then what the next block or the head takes: into normed for a
   // block, into work for the head.
   __device__ void add_branch(int step, int block, int token, int place) {
-    Rows r;
+    Rows r = {};
     for_values([&](int pass, int i) {
       const int row = pass * a.tokens + token;
       load_through_l2(a.branch + row * a.width + column(i), r.value[pass][i]);
     });
+    const Packs gates = packs_of([&](int pass) { return vector_of(step, block, pass, token, 2); });
+    const Packs weights = packs_of([&](int) { return static_cast<const T*>(a.norm_weight[block]); });
+    const Packs biases = packs_of([&](int) { return static_cast<const T*>(a.norm_bias[block]); });
+    const Modulation modulation = modulation_of(step, block + 1, token);
     standardize(r, kNormEps);
     for_values([&](int pass, int i) {
       float gate[kVector], weight[kVector], bias[kVector], before[kVector];
-      load(modulation(step, block, pass * a.tokens + token, 2) + column(i), gate);
-      load(static_cast<const T*>(a.norm_weight[block]) + column(i), weight);
-      load(static_cast<const T*>(a.norm_bias[block]) + column(i), bias);
+      unpack(gates.value[pass][i], gate);
+      unpack(weights.value[pass][i], weight);
+      unpack(biases.value[pass][i], bias);
       float* kept = residual_row(pass, place) + column(i);
       load(kept, before);
 #pragma unroll
@@ -97,7 +106,7 @@ class DenoiseTokens {
       }
       store(kept, r.value[pass][i]);
     });
-    modulate(r, step, block + 1, token);
+    modulate(r, modulation);
     if (block + 1 < a.depth) {
       store_normed(r, token);
     } else {
@@ -108,27 +117,40 @@ class DenoiseTokens {
     }
   }
 
-  // The head: predictions of an owned token, one warp an output.
+  // The head: predictions of an owned token, some neighbouring outputs a warp.
   __device__ void predict(int step, int token, int place) {
     float* prediction = m.predictions + place * PASSES * a.token_dim;
-    for (int output = warp; output < a.token_dim; output += kDenoiseWarps) {
-      const T* weight = static_cast<const T*>(a.head_weight) + output * a.width;
-      float sum[PASSES] = {};
+    for (int first = warp * kOutputs; first < a.token_dim; first += kDenoiseWarps * kOutputs) {
+      const T* weight = static_cast<const T*>(a.head_weight) + first * a.width;
+      float sum[kOutputs][PASSES], bias[kOutputs];
+      load(static_cast<const T*>(a.head_bias) + first, bias);
+#pragma unroll
+      for (auto& passes : sum) {
+#pragma unroll
+        for (float& value : passes) value = 0.0f;
+      }
+#pragma unroll 5
       for (int k = lane * kVector; k < a.width; k += kWarpSize * kVector) {
-        float factor[kVector];
-        load(weight + k, factor);
+        float factor[kOutputs][kVector];
+#pragma unroll
+        for (int n = 0; n < kOutputs; ++n) load(weight + n * a.width + k, factor[n]);
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
+          float value[kVector];
+          load(m.work + pass * a.width + k, value);
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) sum[pass] += factor[j] * m.work[pass * a.width + k + j];
+          for (int n = 0; n < kOutputs; ++n) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) sum[n][pass] += factor[n][j] * value[j];
+          }
         }
       }
 #pragma unroll
-      for (int pass = 0; pass < PASSES; ++pass) {
-        const float total = warp_sum(sum[pass]);
-        if (lane == 0) {
-          prediction[pass * a.token_dim + output] =
-              total + to_float(static_cast<const T*>(a.head_bias)[output]);
+      for (int n = 0; n < kOutputs; ++n) {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+          const float total = warp_sum(sum[n][pass]);
+          if (lane == 0) prediction[pass * a.token_dim + first + n] = total + bias[n];
         }
       }
     }
@@ -212,7 +234,7 @@ class DenoiseTokens {
         variance[pass] += value * value;
       }
     });
-    block_sum<kDenoiseWarps>(variance, m.sums);
+    block_sum<kDenoiseWarps>(variance, m.sums + kDenoiseWarps * PASSES);
     for_values([&](int pass, int i) {
       const float inverse = rsqrtf(variance[pass] / a.width + eps);
 #pragma unroll
@@ -220,21 +242,44 @@ class DenoiseTokens {
     });
   }
 
+  // The thread's values of vectors of the width, as they lie in memory; one vector a pass.
+  struct Packs {
+    Pack<T, kVector> value[PASSES][kMaxVectors];
+  };
+
+  template <typename Vector>
+  __device__ Packs packs_of(Vector vector) const {
+    Packs packs = {};
+    for_values([&](int pass, int i) {
+      packs.value[pass][i] = load_pack<kVector>(vector(pass) + column(i));
+    });
+    return packs;
+  }
+
   // Vector `part` (0 for 1 + scale, 1 shift, 2 gate) of a row's modulation.
-  __device__ const T* modulation(int step, int block, int row, int part) const {
-    const int parts = block < a.depth ? 3 : 2;
+  __device__ const T* vector_of(int step, int block, int pass, int token, int part) const {
+    const int parts = block < a.depth ? 3 : 2, row = pass * a.tokens + token;
     const T* all = static_cast<const T*>(a.modulation[block]);
     return all + ((static_cast<size_t>(step) * rows + row) * parts + part) * a.width;
   }
 
-  // r = LN(r) * (1 + scale) + shift, for what comes before a block, or the head (block == depth).
-  __device__ void modulate(Rows& r, int step, int block, int token) {
+  struct Modulation {
+    Packs scales, shifts;
+  };
+
+  // Of what comes before a block, or the head (block == depth).
+  __device__ Modulation modulation_of(int step, int block, int token) const {
+    return {packs_of([&](int pass) { return vector_of(step, block, pass, token, 0); }),
+            packs_of([&](int pass) { return vector_of(step, block, pass, token, 1); })};
+  }
+
+  // r = LN(r) * (1 + scale) + shift.
+  __device__ void modulate(Rows& r, const Modulation& modulation) {
     standardize(r, kAdaNormEps);
     for_values([&](int pass, int i) {
-      const int row = pass * a.tokens + token;
       float scale[kVector], shift[kVector];
-      load(modulation(step, block, row, 0) + column(i), scale);
-      load(modulation(step, block, row, 1) + column(i), shift);
+      unpack(modulation.scales.value[pass][i], scale);
+      unpack(modulation.shifts.value[pass][i], shift);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         r.value[pass][i][j] = r.value[pass][i][j] * scale[j] + shift[j];

@@ -31,10 +31,19 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 template <int N, typename T>
-__device__ inline void load(const T* from, float (&to)[N]) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+__device__ inline Pack<T, N> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <int N, typename T>
+__device__ inline void unpack(const Pack<T, N>& pack, float (&to)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) to[i] = to_float(pack.value[i]);
+}
+
+template <int N, typename T>
+__device__ inline void load(const T* from, float (&to)[N]) {
+  unpack(load_pack<N>(from), to);
 }
 
 template <int N, typename T>

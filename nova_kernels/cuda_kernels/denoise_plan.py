@@ -134,5 +134,5 @@ def shared_bytes(
     rows = shape.passes * shape.width * 4
     owned = -(-shape.tokens // (clusters * cluster_size))
     per_token = shape.passes * shape.width + (1 + shape.passes) * shape.token_dim + 1
-    sums = WARPS * shape.passes
+    sums = 2 * WARPS * shape.passes
     return weight_slots * slot + max(partial_sums, rows) + (owned * per_token + sums) * 4

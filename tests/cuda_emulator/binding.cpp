@@ -11,16 +11,11 @@ unsigned seed = 0;
 
 template <typename T>
 void denoise_as(const nova::DenoiseArguments& arguments) {
+  const auto kernel = nova::denoise_kernel_for<T>(arguments.passes, arguments.units);
   *arguments.arrivals = 0;
   emulator::Launch(arguments.clusters * arguments.cluster_size, nova::kDenoiseThreads,
                    arguments.shared_bytes, arguments.cluster_size, seed,
-                   [&] {
-                     switch (arguments.passes) {
-                       case 1: return nova::denoise_kernel<T, 1>(arguments);
-                       case 2: return nova::denoise_kernel<T, 2>(arguments);
-                       default: return nova::denoise_kernel<T, 3>(arguments);
-                     }
-                   })
+                   [&] { kernel(arguments); })
       .run();
 }
 

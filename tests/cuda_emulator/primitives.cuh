@@ -83,7 +83,7 @@ inline void sync_cluster(int) {
   emulator::Launch::active->wait_at(emulator::fiber().block->cluster->barrier);
 }
 
-inline void load_from_peer(const float* mine, int rank, int, float (&to)[4]) {
+inline void load_from_peer(const float* mine, int rank, float (&to)[4]) {
   const emulator::Block& block = *emulator::fiber().block;
   const auto offset = reinterpret_cast<const char*>(mine) - shared_memory();
   const char* peer = reinterpret_cast<const char*>(block.cluster->blocks[rank]->shared.data());
