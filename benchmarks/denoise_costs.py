@@ -26,10 +26,12 @@ class Card:
         rate: operations a second of half-precision matrix products.
         l2_bandwidth: assumed, bytes a second that all multiprocessors read from L2.
         barrier: assumed, seconds of a barrier of the whole grid.
-        row_phase: assumed, seconds of a residual, two norms and a modulation: two dependent reads
-            from L2 and four sums over a block.
-        layer_latency: assumed, seconds of a layer beside its bytes and operations: one read from
-            L2, the sum of the partial sums, one write.
+        row_phase: assumed, seconds of a residual, two norms and a modulation: one read from L2,
+            four sums over a block, one write.
+        layer_latency: assumed, seconds of a layer beside its bytes and operations: reads from L2
+            that wait for each other (one where clusters of four divide the inputs, four without
+            clusters), products that wait for the last one's sums, the sum of the partial sums, one
+            write.
     """
 
     name: str
@@ -43,16 +45,16 @@ class Card:
 
 
 CARDS = (
-    Card("A100", DeviceLimits({1: 108}, 166_912), 1.555e12, 312e12, 4e12, 1.5e-6, 1.5e-6, 1e-6),
+    Card("A100", DeviceLimits({1: 108}, 166_912), 1.555e12, 312e12, 4e12, 1.3e-6, 1.3e-6, 1.5e-6),
     Card(
         "H200",
         DeviceLimits({1: 132, 2: 66, 4: 32}, 232_448),
         4.8e12,
         989e12,
         5.5e12,
-        1.2e-6,
-        1.2e-6,
-        0.8e-6,
+        1e-6,
+        1e-6,
+        1e-6,
     ),
 )
 
