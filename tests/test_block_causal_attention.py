@@ -101,6 +101,29 @@ def test_triton_at_real_sizes(lengths, prefix, head_dim):
     check(lengths, True, head_dim, prefix, torch.float16, heads=1, backward=False)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+@needs_triton
+def test_other_scales(scale):
+    qkv, _ = inputs([7, 40], 64, 0, torch.float32)
+    grad = randn(*qkv[0].shape, seed=9)
+
+    def run(*leaves, backend):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out, lse = block_causal_attention(
+            *leaves, [7, 40], scale=scale, return_lse=True, backend=backend
+        )
+        gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        return [out.detach(), *gradients], lse.detach()
+
+    exact, exact_lse = run(*in_float64(*qkv), backend="reference")
+    by_torch, _ = run(*qkv, backend="reference")
+    with poisoned():
+        ours, lse = run(*qkv, backend="triton")
+    for mine, theirs, right in zip(ours, by_torch, exact, strict=True):
+        assert_as_exact_as_torch(mine, theirs, right)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
+
+
 @needs_triton
 def test_triton_gradients_at_a_real_size():
     check([618, 360], True, 64, 0, torch.float16, heads=1)

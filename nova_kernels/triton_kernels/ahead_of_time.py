@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nova_kernels.triton_kernels.launch import Launch
+from nova_kernels.triton_kernels.launch import OPTIONS, Launch
 
 # Limits a multiprocessor, from the CUDA programming guide's table of compute capabilities:
 # (registers, warps, shared memory that a block may ask for, shared memory in all), bytes.
@@ -60,7 +60,7 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
     compiled = triton.compile(
         _source(launch),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS},
     )
     usage = _resource_usage(compiled.asm["cubin"])
     shared = compiled.metadata.shared

@@ -25,6 +25,7 @@ from nova_kernels.ops.block_causal_attention import HEAD_DIMS
 from nova_kernels.triton_kernels.launch import Launch, ceil_div
 
 LOG2_E = math.log2(math.e)
+LEAST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,22 @@ def _attend(
     key_end, scale, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles of keys from begin to end. scale includes log2(e).
+    """Online softmax over the tiles of keys from begin to end. scale is positive, with log2(e).
 
     Where MASKED, a query sees keys first..key_end - 1; key_end is at most last.
     """
     for start in range(begin, end, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
         k = _load(keys, key, key_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = (key[None, :] >= first) & (key[None, :] < key_end[:, None])
             scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        # Scaled here and in the exponent, where it costs nothing, as part of a multiply-add.
+        new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
         # A row that has seen nothing yet has no maximum to subtract.
         pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - pivot[:, None])
+        weights = tl.exp2(scores * scale - pivot[:, None])
         decay = tl.exp2(top - pivot)
         total = total * decay + tl.sum(weights, axis=1)
         v = _load(values, key, value_stride, first, last, MASKED, HEAD_DIM, BLOCK_DIM)
@@ -432,6 +434,8 @@ def plan_forward(
 ) -> Launch:
     """The launch of the forward pass; it fills its arguments out and lse."""
     setting = _setting(q, FORWARD)
+    # The kernel takes the greatest scores before it scales them.
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)
     arguments = {
         **_heads(q=q, k=k, v=v),
         **_prefix(k, v, prefix_k, prefix_v),
@@ -440,7 +444,8 @@ def plan_forward(
         "lse": torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
         "heads": q.shape[1],
         "tokens": q.shape[2],
-        "scale": scale * LOG2_E,
+        # Not 0, which makes NaN of the infinite scores of what is not seen.
+        "scale": max(scale * LOG2_E, LEAST_SCALE),
     }
     constants = {
         "HAS_PREFIX": arguments["prefix"] > 0,
