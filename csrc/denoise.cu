@@ -7,6 +7,11 @@
 #include "launches.h"
 
 namespace nova {
+
+// In denoise_float16.cu and denoise_bfloat16.cu.
+extern template DenoiseKernel denoise_kernel_for<__half>(int passes, int units);
+extern template DenoiseKernel denoise_kernel_for<__nv_bfloat16>(int passes, int units);
+
 namespace {
 
 constexpr const char* kOp = "denoise";

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
-WITHOUT_KERNELS = ("device_info",)
+WITHOUT_KERNELS = ("denoise", "device_info")
 ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of a multiprocessor, and the most of a block
 GRANULE = 8  # registers are given to threads in multiples
