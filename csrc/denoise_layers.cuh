@@ -15,8 +15,9 @@ constexpr int kPartsAhead = 8;     // partial sums that a thread asks for before
 constexpr int kQuad = 4;           // neighbouring outputs that a thread adds up and writes
 static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "powers of two");
 
-// T is float16 or bfloat16, UNITS the most units of a cluster that it is compiled for. Between two barriers every read that waits for another one counts, and so
-// does every division, so threads ask for all that they can at once, and indices are made of shifts.
+// T is float16 or bfloat16, UNITS the most units of a cluster that it is compiled for. Between two
+// barriers every read that waits for another one counts, and so does every division: threads ask
+// for all that they can at once, and indices are made of shifts.
 template <typename T, int UNITS>
 class DenoiseLayers {
  public:
@@ -185,15 +186,15 @@ class DenoiseLayers {
     }
   }
 
-  // Adds the partial sums of warps and of the cluster's blocks, always in one order, and writes what
-  // the layer gives for the tiles of a group.
+  // Adds the partial sums of warps and of the cluster's blocks, always in one order, and writes
+  // what the layer gives for the tiles of a group.
   template <bool FIRST>
   __device__ void finish(int first_tile) {
-    const int rows_shift = kTileShift + group_shift;           // of the group's rows
-    const int chunk_groups_shift = kWarpShift - group_shift;   // of the partial sums of a block
+    const int rows_shift = kTileShift + group_shift;          // of the group's rows
+    const int chunk_groups_shift = kWarpShift - group_shift;  // of the partial sums of a block
     const int parts = a.cluster_size << chunk_groups_shift;
-    for (int i = threadIdx.x; i < share; i += kDenoiseThreads) {
-      const int item = rank * share + i;
+    for (int of_share = threadIdx.x; of_share < share; of_share += kDenoiseThreads) {
+      const int item = rank * share + of_share;
       const int row_of_group = item & ((1 << rows_shift) - 1), quad = item >> rows_shift;
       const int row = first_tile * kTile + row_of_group;
       if (row >= rows) continue;

@@ -89,8 +89,10 @@ class DenoiseTokens {
       load_through_l2(a.branch + row * a.width + column(i), r.value[pass][i]);
     });
     const Packs gates = packs_of([&](int pass) { return vector_of(step, block, pass, token, 2); });
-    const Packs weights = packs_of([&](int) { return static_cast<const T*>(a.norm_weight[block]); });
-    const Packs biases = packs_of([&](int) { return static_cast<const T*>(a.norm_bias[block]); });
+    const T *norm_weight = static_cast<const T*>(a.norm_weight[block]),
+            *norm_bias = static_cast<const T*>(a.norm_bias[block]);
+    const Packs weights = packs_of([&](int) { return norm_weight; });
+    const Packs biases = packs_of([&](int) { return norm_bias; });
     const Modulation modulation = modulation_of(step, block + 1, token);
     standardize(r, kNormEps);
     for_values([&](int pass, int i) {
@@ -122,13 +124,8 @@ class DenoiseTokens {
     float* prediction = m.predictions + place * PASSES * a.token_dim;
     for (int first = warp * kOutputs; first < a.token_dim; first += kDenoiseWarps * kOutputs) {
       const T* weight = static_cast<const T*>(a.head_weight) + first * a.width;
-      float sum[kOutputs][PASSES], bias[kOutputs];
+      float sum[kOutputs][PASSES] = {}, bias[kOutputs];
       load(static_cast<const T*>(a.head_bias) + first, bias);
-#pragma unroll
-      for (auto& passes : sum) {
-#pragma unroll
-        for (float& value : passes) value = 0.0f;
-      }
 #pragma unroll 5
       for (int k = lane * kVector; k < a.width; k += kWarpSize * kVector) {
         float factor[kOutputs][kVector];
@@ -202,6 +199,8 @@ class DenoiseTokens {
     return (i * kDenoiseThreads + static_cast<int>(threadIdx.x)) * kVector;
   }
 
+  // Rows and packs begin as zeros: what lies behind the width is never set, and the compiler would
+  // keep it from call to call, in registers.
   struct Rows {
     float value[PASSES][kMaxVectors][kVector];
   };

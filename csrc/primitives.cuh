@@ -70,8 +70,8 @@ __device__ inline void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t
 }
 
 // Adds 1 to a counter in global memory, after everything that this thread has seen written: by
-// itself, and by threads that it has met at a barrier. A release is all that is needed for that; the
-// fence of __threadfence() orders more, and takes longer.
+// itself, and by threads that it has met at a barrier. A release is all that this takes; the fence
+// of __threadfence() orders more, and is slower.
 __device__ inline void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
