@@ -120,9 +120,9 @@ def _frame_scale_shift() -> Iterator[CompileCase]:
 
 
 def _rope3d() -> Iterator[CompileCase]:
-    # Heads are arguments: all real numbers and sizes of them give one kernel, in place or not.
-    heads, head_dim = 16, 64
-    for dtype, backwards in product(DTYPES, (False, True)):
+    # All real numbers of heads give one kernel for a size, in place or not.
+    heads = 16
+    for head_dim, dtype, backwards in product((64, 96), DTYPES, (False, True)):
         x = _meta(2, 1800, 3 * heads, head_dim, dtype=dtype)
         table = _meta(1, 1800, head_dim // 2, dtype=dtype)
         launch = rope3d.plan(x, table, table, torch.empty_like(x), 2 * heads, backwards)
