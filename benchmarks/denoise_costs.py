@@ -29,7 +29,7 @@ class Card:
         row_phase: assumed, seconds of a residual, two norms and a modulation: one read from L2,
             four sums over a block, one write.
         layer_latency: assumed, seconds of a layer beside its bytes and operations: reads from L2
-            that wait for each other (one where clusters of four divide the inputs, four without
+            that wait for each other (one where clusters of four divide the inputs, two without
             clusters), products that wait for the last one's sums, the sum of the partial sums, one
             write.
     """

@@ -10,7 +10,6 @@ constexpr int kChunk = 32;         // inputs of a chunk: the k of two mma, 16 by
 constexpr int kMaxGroupShift = 2;  // 2^2 tiles are computed at a time
 constexpr int kWarpShift = 3;      // of the warps, 2^3
 constexpr int kTileShift = 4;      // of a tile's rows, 2^4
-constexpr int kChunksAhead = 5;    // chunks of rows that a warp asks for before it waits
 constexpr int kPartsAhead = 8;     // partial sums that a thread asks for before it waits
 constexpr int kQuad = 4;           // neighbouring outputs that a thread adds up and writes
 static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "powers of two");
@@ -20,6 +19,10 @@ static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "pow
 // for all that they can at once, and indices are made of shifts.
 template <typename T, int UNITS>
 class DenoiseLayers {
+  // Chunks of rows that a warp asks for before it waits. With few units, where clusters are of one
+  // block and a warp has more chunks, there are registers for more.
+  static constexpr int kChunksAhead = UNITS <= kFewUnits ? 10 : 5;
+
  public:
   __device__ DenoiseLayers(const DenoiseArguments& arguments, const DenoiseLayout& layout,
                            const DenoiseMemory& memory)
