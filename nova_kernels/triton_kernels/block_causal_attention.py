@@ -42,9 +42,9 @@ class TileSetting:
 # to be tuned on GPUs.
 FORWARD = {
     32: TileSetting(128, 64, 4, 3),
-    64: TileSetting(128, 64, 8, 3),
-    96: TileSetting(128, 32, 8, 2),
-    128: TileSetting(128, 32, 8, 2),
+    64: TileSetting(128, 128, 8, 2),
+    96: TileSetting(128, 64, 8, 2),
+    128: TileSetting(128, 64, 8, 2),
 }
 BACKWARD = {
     32: TileSetting(64, 32, 4, 2),
