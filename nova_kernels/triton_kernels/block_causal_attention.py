@@ -46,11 +46,18 @@ FORWARD = {
     96: TileSetting(128, 64, 8, 2),
     128: TileSetting(128, 64, 8, 2),
 }
-BACKWARD = {
+# Gradients have larger tiles of what a program keeps than of what it walks over.
+QUERY_GRADIENT = {
     32: TileSetting(64, 32, 4, 2),
     64: TileSetting(64, 32, 4, 2),
     96: TileSetting(64, 32, 8, 1),
     128: TileSetting(64, 32, 8, 1),
+}
+KEY_GRADIENT = {
+    32: TileSetting(32, 64, 4, 2),
+    64: TileSetting(32, 64, 4, 2),
+    96: TileSetting(32, 64, 8, 1),
+    128: TileSetting(32, 64, 8, 1),
 }
 # Tensor cores do not keep the precision of float32; without them only small tiles fit registers.
 EXACT = TileSetting(16, 16, 4, 1)
@@ -467,7 +474,7 @@ def plan_backward(
     scale: float,
 ) -> list[Launch]:
     """Launches of the backward pass: delta; gradients of queries, of keys, of a prefix's keys."""
-    setting = _setting(q, BACKWARD)
+    of_query, of_key = _setting(q, QUERY_GRADIENT), _setting(q, KEY_GRADIENT)
     sizes = {"heads": q.shape[1], "tokens": q.shape[2]}
     delta = torch.empty_like(lse)
     of_delta = {
@@ -475,7 +482,7 @@ def plan_backward(
         **sizes,
         "out": out.contiguous(),
         "delta": delta,
-        "num_tiles": ceil_div(q.shape[2], setting.block_queries),
+        "num_tiles": ceil_div(q.shape[2], of_query.block_queries),
     }
     common = {
         **_heads(q=q, grad=grad),
@@ -490,17 +497,16 @@ def plan_backward(
         **common,
         **_heads(k=k, v=v),
         **prefix,
-        **_layout_tables(layout, setting.block_queries, q.device),
+        **_layout_tables(layout, of_query.block_queries, q.device),
         "grad_q": new_rows(q),
     }
-    by_keys = {"BLOCK_KEYS": setting.block_keys}
     launches = [
-        _launch(attention_delta_kernel, setting, of_delta, {}),
+        _launch(attention_delta_kernel, of_query, of_delta, {}),
         _launch(
             attention_query_gradient_kernel,
-            setting,
+            of_query,
             of_queries,
-            {"HAS_PREFIX": prefix["prefix"] > 0, **by_keys},
+            {"HAS_PREFIX": prefix["prefix"] > 0, "BLOCK_KEYS": of_query.block_keys},
         ),
     ]
     pairs = [(k, v)]
@@ -510,15 +516,15 @@ def plan_backward(
         of_keys = {
             **common,
             **_heads(k=keys, v=values),
-            **_layout_tables(layout, setting.block_keys, q.device),
+            **_layout_tables(layout, of_key.block_keys, q.device),
             "num_keys": keys.shape[2],
             "grad_k": new_rows(keys),
             "grad_v": new_rows(keys),
         }
         if is_prefix:
-            of_keys["num_tiles"] = ceil_div(keys.shape[2], setting.block_keys)
-        constants = {"IS_PREFIX": bool(is_prefix), **by_keys}
-        launches.append(_launch(attention_key_gradient_kernel, setting, of_keys, constants))
+            of_keys["num_tiles"] = ceil_div(keys.shape[2], of_key.block_keys)
+        constants = {"IS_PREFIX": bool(is_prefix), "BLOCK_KEYS": of_key.block_keys}
+        launches.append(_launch(attention_key_gradient_kernel, of_key, of_keys, constants))
     return launches
 
 
