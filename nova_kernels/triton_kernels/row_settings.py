@@ -24,8 +24,7 @@ class RowSetting:
 
 # By padded width. Narrow rows share a program. Of rows from 1024 on a thread holds sixteen values,
 # two accesses of 16 bytes in half precision: sums and indices cost a thread the same whatever it
-# holds, and with eight values 80 % of an H200's bandwidth would take three quarters of the
-# instructions that it can issue (counted in machine code, not measured; 55 % with sixteen).
+# holds, and these kernels should wait for memory, not for instructions. To be tuned on GPUs.
 SETTINGS = {
     setting.block_width: setting
     for setting in (
