@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# Small tensors gain nothing from threads, and threads that wait for each other on busy cores lose:
+# torch's, NumPy's (in which Triton's interpreter computes), and those of every command that is run.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -15,9 +19,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 if not torch.cuda.is_available():
     # Triton reads it when kernels are defined; its interpreter runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
-
-# Small tensors gain nothing from threads, and threads that wait for each other on busy cores lose.
-torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

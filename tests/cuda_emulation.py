@@ -1,15 +1,16 @@
 """Compiles the CUDA kernels for the CPU (tests/cuda_emulator), for the tests of their source."""
 
 import ctypes
+import hashlib
 import importlib.util
 import mmap
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from types import ModuleType
 
 import pytest
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "cuda_emulator"
+BUILT = ROOT / "build" / "cuda_emulator"
 NAME = "cuda_emulator"
 ALIGNMENT = 16  # of addresses, for the widest accesses
 
@@ -32,20 +34,34 @@ needs_compiler = pytest.mark.skipif(
 def emulated_extension() -> ModuleType:
     """A module with the launches of nova_kernels._cuda, which run on CPU tensors.
 
-    Compiled once a process, in some ten seconds.
+    Compiled in some ten seconds, and kept for other processes and the next run of the tests.
     """
     pybind11 = pytest.importorskip("pybind11")
-    library = Path(mkdtemp(prefix="nova-emulator-")) / f"{NAME}.so"
     includes = [SOURCES, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
-    command += [f"-I{folder}" for folder in includes]
-    command += [str(SOURCES / "binding.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command += [f"-I{folder}" for folder in includes] + [str(SOURCES / "binding.cpp")]
+    library = BUILT / _state_of(command) / f"{NAME}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may be at it as well: the finished file takes its place at once.
+        unfinished = library.with_name(f"{os.getpid()}.so")
+        done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        unfinished.replace(library)
     specification = importlib.util.spec_from_file_location(NAME, library)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def _state_of(command: list[str]) -> str:
+    """A name for what compiling comes from: the command, the compiler, this Python, all sources."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    state = hashlib.sha256(f"{command} {sys.version}".encode() + version)
+    for folder in (SOURCES, ROOT / "csrc"):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            state.update(str(path).encode() + path.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def guarded(tensor: Tensor) -> Tensor:

@@ -289,7 +289,8 @@ def test_cuda_wheel(checkout, tmp_path):
 @needs_nvcc
 def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_path):
     hook = f"from setuptools.build_meta import build_editable as build; build({str(tmp_path)!r})"
-    process = run("-c", hook, cwd=checkout, NOVA_CUDA="1")
+    # PTX alone: no code of this module is loaded.
+    process = run("-c", hook, cwd=checkout, NOVA_CUDA="1", NOVA_CUDA_ARCHS="80-virtual")
     assert process.returncode == 0, process.stdout
     (module,) = (checkout / "nova_kernels").glob("_cuda*.so")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_tiny_checkpoint import VAE_CONFIG
 from safetensors.torch import load_file
 from small_models import SMALL, SMALL_IMAGE
 from training_data import GradientSource, write_latents
@@ -45,13 +46,9 @@ from nova.training.checkpoints import Checkpoints
 from nova.training.metrics import MetricsFile, plot_metrics, read_metrics
 from nova.training.options import OPTIMIZERS
 from nova.training.vae_loop import ClipSamples, detailed_crop
-from nova.vae import VAEConfig
 
 FLOW = FlowMatchConfig()
 TESTS = Path(__file__).parent
-SMALL_VAE = replace(
-    VAEConfig.tiny(), block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4
-)
 
 
 @pytest.fixture(autouse=True)
@@ -178,8 +175,7 @@ def test_a_killed_command_goes_on_exactly(tmp_path, data):
     ]  # fmt: skip
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "nova", *arguments, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=TESTS.parent, env=environment)
+    process = subprocess.Popen(command, cwd=TESTS.parent)
     try:
         deadline = time.monotonic() + 120
         while not Checkpoints(out, 3).all():
@@ -240,7 +236,7 @@ def test_sheets_of_sentences(tmp_path, data, tiny_video_folder):
 
 
 def test_another_vae_than_the_datas(tmp_path, data):
-    LatentCodec(new_vae(replace(SMALL_VAE, scaling_factor=0.7))).save(tmp_path / "vae")
+    LatentCodec(new_vae(replace(VAE_CONFIG, scaling_factor=0.7))).save(tmp_path / "vae")
     with pytest.raises(InputError, match="scaling factor 0.5, .*vae has 0.7"):
         run(tmp_path / "run", data, parts=FrozenParts(tmp_path / "vae"))
 
@@ -344,7 +340,7 @@ def test_two_processes_train_as_one(tmp_path, data):
         "--master_port", str(port), str(script), str(tmp_path), str(data.folder),
     ]  # fmt: skip
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path
     )
@@ -365,7 +361,7 @@ def run_vae(out, source, on_step=None, **values):
         "warmup_steps": 2, "scale_clips": 4, "device": "cpu", "progress": False,
     }  # fmt: skip
     options = VAETrainingOptions(out=out, **{**given, **values})
-    return train_vae(new_vae(SMALL_VAE), source, options, on_step)
+    return train_vae(new_vae(VAE_CONFIG), source, options, on_step)
 
 
 def test_vae_learns_and_sets_its_scale(tmp_path):
@@ -419,12 +415,12 @@ def test_a_frozen_encoder_keeps_its_latents(tmp_path):
 def test_vae_on_crops(tmp_path):
     source = GradientSource(4)
     height, width = source.format.height, source.format.width
-    sample = ClipSamples(source, SMALL_VAE, seed=0, crop=16)[0, 0]
+    sample = ClipSamples(source, VAE_CONFIG, seed=0, crop=16)[0, 0]
     assert sample["pixels"].shape == (3, source.format.num_frames, 16, 16)
     assert sample["noise"].shape[2:] == (2, 2)
-    again = ClipSamples(source, SMALL_VAE, seed=0, crop=16)[0, 0]
+    again = ClipSamples(source, VAE_CONFIG, seed=0, crop=16)[0, 0]
     assert torch.equal(sample["pixels"], again["pixels"])
-    whole = ClipSamples(source, SMALL_VAE, seed=0)[0, 0]["pixels"]
+    whole = ClipSamples(source, VAE_CONFIG, seed=0)[0, 0]["pixels"]
     windows = whole.unfold(2, 16, 1).unfold(3, 16, 1)  # (3, T, rows, columns, 16, 16)
     same = (windows == sample["pixels"][:, :, None, None]).all(-1).all(-1).all(0).all(0)
     assert same.any()
