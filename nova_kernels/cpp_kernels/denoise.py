@@ -1,7 +1,6 @@
 """All steps of the denoise loop in one call on a CPU (csrc/cpp/denoise.h)."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def run(
         "passes": head_modulation.shape[1],
         "width": weights.width,
         "token_dim": token_dim,
-        "steps": [astuple(step) for step in steps],
+        "steps": [step.as_list() for step in steps],
         "embed": _addresses(packed["embed"]),
         "head": _addresses(packed["head"]),
         "blocks": [

@@ -1,7 +1,6 @@
 """All steps of the denoise loop in one launch (csrc/denoise.cuh)."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from functools import cache
 from types import ModuleType
 
@@ -124,7 +123,7 @@ def run(
         setattr(arguments, name, 0 if tensor is None else tensor.data_ptr())
     for name, tensors in several.items():
         setattr(arguments, name, [tensor.data_ptr() for tensor in tensors])
-    arguments.set_numbers([astuple(step) for step in steps])
+    arguments.set_numbers([step.as_list() for step in steps])
     with torch.cuda.device_of(x):
         module.denoise(arguments, stream_of(x))
     return out
