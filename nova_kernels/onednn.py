@@ -1,8 +1,10 @@
-"""Linear layers for sampling on a CPU by oneDNN, which torch brings along.
+"""Linear layers and convolutions on a CPU by oneDNN, which torch brings along.
 
 torch's own linear layer is MKL's product in float32: it first copies the bias into the result,
 takes the weight as it lies, and leaves an activation to a pass of its own. The operators called
 here are those that torch.compile calls where weights are frozen; torch does not document them.
+Convolutions of one small video torch leaves to a loop of its own instead of oneDNN, by a rule that
+counts the elements of an image (`use_mkldnn` in ATen/native/Convolution.cpp).
 """
 
 import platform
@@ -31,6 +33,17 @@ def is_usable(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`torch.nn.functional.linear` for a weight that `is_usable`, without a gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), *_PLAIN)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+) -> Tensor:
+    """`torch.nn.functional.conv3d` for a weight that `is_usable`, without a gradient."""
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
 
 
 class PackedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN, and the image encoder's blocks that are made of them."""
+"""The image encoder's blocks made of linear layers by oneDNN."""
 
 import copy
 
@@ -19,61 +19,6 @@ needs_onednn = pytest.mark.skipif(
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@needs_onednn
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("rows", [(1,), (2, 0), (2, 3), (7, 1, 5)])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (33, 100), (256, 768)])
-def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
-    x, weight, bias = (
-        random(*rows, inputs),
-        random(outputs, inputs, seed=1),
-        random(outputs, seed=2),
-    )
-    activation = F.gelu if gelu else lambda y: y
-    expected = activation(F.linear(x.double(), weight.double(), bias.double()))
-    allowed = 2 * (activation(F.linear(x, weight, bias)) - expected).norm() + 1e-6 * expected.norm()
-    results = [PackedLinear(weight, bias, gelu=gelu)(x)]
-    if not gelu:
-        results.append(onednn.linear(x, weight, bias))
-    for result in results:
-        assert result.shape == expected.shape and result.dtype == torch.float32
-        assert (result - expected).norm() <= allowed
-
-
-@needs_onednn
-def test_strided_inputs_and_weights():
-    x, weight, bias = random(6, 5, 4), random(8, 3), random(3)
-    layer = PackedLinear(weight.t()[:, ::2], bias)
-    expected = F.linear(x.transpose(0, 1)[1:], weight.t()[:, ::2], bias)
-    torch.testing.assert_close(layer(x.transpose(0, 1)[1:]), expected)
-    weight, bias = random(3, 4), random(3, 2)[:, 1]
-    torch.testing.assert_close(PackedLinear(weight, bias)(x), F.linear(x, weight, bias))
-    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
-
-
-@needs_onednn
-def test_nan_is_not_hidden():
-    x = random(3, 16)
-    x[1, 5] = float("nan")
-    result = PackedLinear(random(8, 16), random(8), gelu=True)(x)
-    assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "weight", [torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, device="meta")]
-)
-def test_what_is_not_usable(weight):
-    assert not onednn.is_usable(weight)
-
-
-def test_torchs_switch_turns_it_off(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not onednn.is_usable(torch.zeros(1, 1))
-
-
-# Blocks ------------------------------------------------------------------------------------------
 
 
 def run(blocks, x):

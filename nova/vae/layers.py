@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nova_kernels import onednn
+from nova_kernels.dispatch import requested
+
 from .config import VAEConfig, is_causal
 
 NORM_EPS = 1e-6
@@ -35,7 +38,11 @@ class CausalConv3d(nn.Conv3d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, for an x that has its earlier frames in front."""
-        return super().forward(x)
+        if torch.is_grad_enabled() or requested("auto") != "auto":
+            return super().forward(x)
+        if not onednn.is_usable(self.weight):
+            return super().forward(x)
+        return onednn.conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class FrameConv2d(nn.Conv2d):

@@ -1,0 +1,116 @@
+"""Linear layers and convolutions by oneDNN."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nova.vae.layers import CausalConv3d
+from nova_kernels import onednn
+from nova_kernels.dispatch import VARIABLE
+from nova_kernels.onednn import PackedLinear
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.is_usable(torch.zeros(1, 1)), reason="torch has no oneDNN for this CPU"
+)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_onednn
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (2, 0), (2, 3), (7, 1, 5)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (33, 100), (256, 768)])
+def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
+    x, weight, bias = (
+        random(*rows, inputs),
+        random(outputs, inputs, seed=1),
+        random(outputs, seed=2),
+    )
+    activation = F.gelu if gelu else lambda y: y
+    expected = activation(F.linear(x.double(), weight.double(), bias.double()))
+    allowed = 2 * (activation(F.linear(x, weight, bias)) - expected).norm() + 1e-6 * expected.norm()
+    results = [PackedLinear(weight, bias, gelu=gelu)(x)]
+    if not gelu:
+        results.append(onednn.linear(x, weight, bias))
+    for result in results:
+        assert result.shape == expected.shape and result.dtype == torch.float32
+        assert (result - expected).norm() <= allowed
+
+
+@needs_onednn
+def test_strided_inputs_and_weights():
+    x, weight, bias = random(6, 5, 4), random(8, 3), random(3)
+    layer = PackedLinear(weight.t()[:, ::2], bias)
+    expected = F.linear(x.transpose(0, 1)[1:], weight.t()[:, ::2], bias)
+    torch.testing.assert_close(layer(x.transpose(0, 1)[1:]), expected)
+    weight, bias = random(3, 4), random(3, 2)[:, 1]
+    torch.testing.assert_close(PackedLinear(weight, bias)(x), F.linear(x, weight, bias))
+    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@needs_onednn
+def test_nan_is_not_hidden():
+    x = random(3, 16)
+    x[1, 5] = float("nan")
+    result = PackedLinear(random(8, 16), random(8), gelu=True)(x)
+    assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
+
+
+@needs_onednn
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    ("batch", "channels", "outputs", "kernel", "stride", "size"),
+    [
+        (1, 1, 1, 1, 1, (1, 1, 1)),
+        (1, 16, 3, 3, 1, (4, 9, 7)),
+        (2, 5, 33, (3, 1, 1), 1, (3, 2, 6)),
+        (1, 16, 16, 3, 2, (5, 8, 8)),
+        (3, 8, 8, (1, 3, 3), (1, 2, 2), (2, 5, 6)),
+    ],
+)
+def test_convolutions_are_as_exact_as_torchs(
+    batch, channels, outputs, kernel, stride, size, layout
+):
+    torch.manual_seed(0)
+    conv = CausalConv3d(channels, outputs, kernel, stride, padding=1)
+    x = random(batch, channels, *size)
+    exact = copy.deepcopy(conv).double()(x.double())
+    by_torch = conv(x)  # because of the gradient
+    with torch.no_grad():
+        result = conv(x.to(memory_format=layout))
+    assert by_torch.requires_grad and result.shape == exact.shape
+    assert (result - exact).norm() <= 2 * (by_torch - exact).norm() + 1e-6 * exact.norm()
+
+
+@needs_onednn
+def test_whose_convolutions_are_computed(monkeypatch):
+    """oneDNN's in float32 without a gradient, unless a backend is named; else torch's."""
+
+    def refuse(*arguments):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(onednn, "conv3d", refuse)
+    conv, x = CausalConv3d(4, 4, 3, padding=1), random(1, 4, 2, 3, 3)
+    conv(x).sum().backward()
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match="called"):
+            conv(x)
+        conv.bfloat16()(x.bfloat16())
+        monkeypatch.setenv(VARIABLE, "reference")
+        conv.float()(x)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, device="meta")]
+)
+def test_what_is_not_usable(weight):
+    assert not onednn.is_usable(weight)
+
+
+def test_torchs_switch_turns_it_off(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not onednn.is_usable(torch.zeros(1, 1))
