@@ -71,7 +71,7 @@ def run_samplers(
     *,
     repeats: int,
     tolerance: float,
-    compared_frames: int | None = None,
+    compared_sets: int | None = None,
     warm_up: bool = True,
     seconds: float | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -84,7 +84,7 @@ def run_samplers(
     Args:
         samplers: by name; the one that the others are compared with comes first.
         tolerance: largest relative error.
-        compared_frames: how many latent frames, from the first on, are compared; None: all.
+        compared_sets: only the tokens of so many sets of the first frame are compared; None: all.
         warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
             that compile or record in it.
         seconds: no third or later turn begins after so many.
@@ -107,9 +107,13 @@ def run_samplers(
             continue
         say(f"{name}: first run {runs.first_run_s:.3g} s")
         right = latents if right is None else right
-        compared = slice(0, compared_frames)
-        runs.error = relative_error(latents[:, :, compared], right[:, :, compared])
-        if not runs.error <= tolerance:
+        compared = latents, right
+        if compared_sets is not None:
+            compared = [run.first_tokens(each, compared_sets) for each in compared]
+        runs.error = relative_error(*compared)
+        if not latents.isfinite().all():
+            runs.refused = "wrong: NaN or infinite values"
+        elif not runs.error <= tolerance:
             runs.refused = f"wrong: differs from plain by {runs.error:.1e}, allowed {tolerance:.0e}"
         elif not warm_up and name not in STARTING_UP:
             runs.latencies.append(runs.first_run_s)
@@ -214,7 +218,7 @@ def measure(
         device,
         repeats=workload.repeats,
         tolerance=TOLERANCES[dtype],
-        compared_frames=workload.compared_frames,
+        compared_sets=workload.compared_sets,
         warm_up=workload.warm_up,
         seconds=seconds,
         say=say,
@@ -255,7 +259,7 @@ def measure(
         "vae": workload.vae,
         "vae_s": vae_s,
         "tolerance": TOLERANCES[dtype],
-        "compared_frames": workload.compared_frames or workload.num_frames,
+        "compared_sets": workload.compared_sets or run.sets_run,
         "operations": total(work).operations,
         "floor_s": ceilings.floor_seconds(work),
     }

@@ -38,7 +38,7 @@ def captions(rows: Sequence[Row], facts: dict[str, Any]) -> list[str]:
     allowed = ", ".join(f"{tolerance:.0e}" for tolerance in tolerances)
     lines.append(f"Latents of all samplers agree with plain's, relative error up to {allowed}.")
     if any(row["weights"] == "checkpoint" for row in rows):
-        lines.append("With a checkpoint's weights, on random prompts, the first frame is compared.")
+        lines.append("With a checkpoint's weights, on random prompts, the first sets are compared.")
     if any(row["geometry"] == RELEASED_VIDEO for row in rows):
         lines.append(PUBLISHED)
     return lines

@@ -12,10 +12,12 @@ from nova.config import named_config
 from nova.errors import InputError
 from nova.folders import load_parts
 from nova.guidance import Guidance
+from nova.layers import patchify
 from nova.model import NOVATransformer
 from nova.noise import NoiseSource
 from nova.sampling import generate_frames
 from nova.schedule import FlowMatchConfig, set_sizes
+from nova.token_order import TokenOrder
 
 
 class RandomModelRun:
@@ -102,7 +104,6 @@ class RandomModelRun:
             on_frame: called when a frame has come, which a GPU may still be working on.
         """
         model = self._model
-        generator = torch.Generator(model.device).manual_seed(0)
         frames = []
         for frame in sampler(
             model,
@@ -111,11 +112,27 @@ class RandomModelRun:
             set_sizes=self._set_sizes,
             schedule=self._schedule,
             guidance=self._guidance,
-            noise=NoiseSource(generator, self.batch, dtype=model.dtype, device=model.device),
+            noise=self._noise(),
         ):
             on_frame()
             frames.append(frame)
         return torch.stack(frames, dim=2)
+
+    def first_tokens(self, latents: Tensor, num_sets: int) -> Tensor:
+        """What the first sets of the first frame revealed, of the latents that `sample` returns.
+
+        Returns:
+            (batch, n, token_dim), in the order in which tokens are revealed.
+        """
+        # A run draws its order first of all.
+        order = TokenOrder.draw(self._model, self._noise(), self._guidance.passes)
+        tokens = patchify(latents[:, :, 0], self.config.patch_size)
+        return order.select(tokens, 0, sum(self._set_sizes[:num_sets]))
+
+    def _noise(self) -> NoiseSource:
+        model = self._model
+        generator = torch.Generator(model.device).manual_seed(0)
+        return NoiseSource(generator, self.batch, dtype=model.dtype, device=model.device)
 
     def work(self) -> dict[str, Work]:
         """What `sample` takes by stage, with the exact sampler; see `work_counts`."""

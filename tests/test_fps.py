@@ -143,17 +143,35 @@ def test_what_is_wrong_is_not_timed():
     assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
 
 
-def test_compared_frames():
-    def wrong_in_the_end(model, conditioning, **options):
-        first, second = generate_frames(model, conditioning, **options)
-        return iter([first, second * 2])
+def test_compared_sets():
+    """Of a checkpoint, which magnifies rounding from set to set, the first ones alone tell."""
+    run = tiny_run()
 
-    samplers = {PLAIN: generate_frames_plain, "wrong": wrong_in_the_end}
-    for frames, is_right in ((1, True), (2, False), (None, False)):
-        seen = run_samplers(
-            tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, compared_frames=frames
-        )
-        assert (seen["wrong"].refused is None) == is_right
+    def wrong_at_first(model, conditioning, **options):
+        for latents in generate_frames(model, conditioning, **options):
+            first = run.first_tokens(latents[:, :, None], 1)
+            yield torch.where(torch.isin(latents, first), 2 * latents, latents)
+
+    def wrong_later(model, conditioning, **options):
+        first, second = generate_frames(model, conditioning, **options)
+        kept = torch.isin(first, run.first_tokens(first[:, :, None], 2))
+        yield torch.where(kept, first, 2 * first)
+        yield 2 * second
+
+    def not_finite(model, conditioning, **options):
+        first, second = generate_frames(model, conditioning, **options)
+        yield first
+        yield second / 0
+
+    samplers = {PLAIN: generate_frames_plain, "first": wrong_at_first, "later": wrong_later}
+    samplers["nan"] = not_finite
+    seen = {
+        sets: run_samplers(run, samplers, CPU, repeats=1, tolerance=1e-4, compared_sets=sets)
+        for sets in (2, None)
+    }
+    assert seen[2]["later"].refused is None and seen[None]["later"].refused
+    for runs in seen.values():
+        assert runs["first"].refused and runs["nan"].refused.startswith("wrong")
 
 
 def test_memory_that_other_samplers_keep_does_not_count(monkeypatch):
@@ -330,7 +348,7 @@ def test_chosen_workloads():
     small, released = choose_workloads("cpu", geometries=["small-video", RELEASED_VIDEO])
     assert (small.num_sets, released.num_sets) == (None, 2) and not released.warm_up
     (shapes,) = choose_workloads("cpu", model="shapes")
-    assert shapes.checkpoint.is_dir() and shapes.num_frames == 5 and shapes.compared_frames == 1
+    assert shapes.checkpoint.is_dir() and shapes.num_frames == 5 and shapes.compared_sets == 2
 
 
 @pytest.mark.parametrize(
@@ -362,7 +380,7 @@ def test_checkpoint_weights(tiny_video_folder):
     )
     row = rows_of(workload)[1]
     assert list(row["stages_s"])[0] == "text" and row["stages_s"]["text"] == row["text_s"] > 0
-    assert row["weights"] == "checkpoint" and row["compared_frames"] == 1 and row["vae_s"] > 0
+    assert row["weights"] == "checkpoint" and row["compared_sets"] == 2 and row["vae_s"] > 0
 
 
 def test_text_encoder_with_random_weights(monkeypatch):
