@@ -19,6 +19,7 @@ from random_model import RandomModelRun
 from torch import Tensor
 from work_counts import TEXT, VAE, total
 
+from nova_kernels.dispatch import requested
 from nova_kernels.errors import in_a_line
 
 # Outputs of all samplers must agree with plain's to this relative error.
@@ -253,7 +254,7 @@ def measure(
         "batch": batch,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "backend": backend,
+        "backend": requested(backend),
         "text": workload.text,
         "text_s": text_s,
         "vae": workload.vae,

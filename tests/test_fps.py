@@ -41,6 +41,7 @@ from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova.step_hooks import StepProgress
 from nova_kernels import onednn
+from nova_kernels.dispatch import VARIABLE
 from nova_kernels.dispatch import Op
 
 CPU = torch.device("cpu")
@@ -485,6 +486,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
     monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setenv(VARIABLE, "reference")
     monkeypatch.setattr(
         sys, "argv", [*command.split(), "--latents", "2", "--device", "cpu", "--json", str(file)]
     )
@@ -492,6 +494,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert not torch.backends.cudnn.allow_tf32
     content = json.loads(file.read_text())
     assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2]
+    assert {row["backend"] for row in content["rows"]} == {"reference"}
     assert content["machine"]["matmul_TFLOP_per_s"] > 0
     assert "Stages of the exact sampler" in capsys.readouterr().out
 
