@@ -455,7 +455,7 @@ def test_doctor_says_who_computes(monkeypatch, usable):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # layers are packed on a CPU
     monkeypatch.setattr(onednn, "is_usable", lambda weight: usable)
     ops = doctor.examine()["runs"]["ops"]
-    assert ("linear layers" in ops) == usable
+    assert ("linear layers" in ops) == ("3D convolutions" in ops) == usable
     entries = nova_kernels.report(check=False)
     by_op = {entry.op: entry.backend for entry in entries if entry.default}
     assert {name: ops.get(name, "reference") for name in by_op} == by_op

@@ -322,5 +322,5 @@ def _what_runs(torch: Any) -> dict[str, Any]:
         return {**runs, "ops": {}, "error": str(error)}
     ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
     if packs and onednn.is_usable(torch.empty(0, dtype=dtype)):
-        ops["linear layers"] = "oneDNN"
+        ops["linear layers"] = ops["3D convolutions"] = "oneDNN"
     return {**runs, "ops": ops}
