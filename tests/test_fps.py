@@ -41,8 +41,7 @@ from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova.step_hooks import StepProgress
 from nova_kernels import onednn
-from nova_kernels.dispatch import VARIABLE
-from nova_kernels.dispatch import Op
+from nova_kernels.dispatch import VARIABLE, Op
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=2, vae="tiny")

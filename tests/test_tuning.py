@@ -19,7 +19,7 @@ from nova.attention_libraries import attend, installed_libraries
 from nova.cli.app import app
 from nova.errors import DeviceError, InputError
 from nova.guidance import Guidance
-from nova.schedule import FlowMatchConfig, set_sizes
+from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
 from nova.tuning import measuring
 from nova.tuning.choices import COLUMNS, ROWS, TUNED, Choice, Stage, choices_of, together
 from nova.tuning.measuring import measure
@@ -145,8 +145,8 @@ def test_a_small_gain_changes_nothing(monkeypatch):
 @pytest.mark.parametrize(
     "output, reason",
     [
-        (1.5, "differs by 5.0e-01 of the largest value"),
-        (float("nan"), "differs by nan of the largest value"),
+        (1.5, "wrong by 5.0e-01 of the largest value"),
+        (float("nan"), "wrong by nan of the largest value"),
         (BackendError("no such card\nmore"), "BackendError: no such card"),
         (ValueError(), "ValueError"),
     ],
@@ -156,6 +156,15 @@ def test_what_computes_something_else_is_refused(monkeypatch, output, reason):
     found = measure(clock.choice, clock.work, CPU)
     assert found.chosen == clock.current == "first" and found.refused == {"wrong": reason}
     assert list(found.seconds) == ["first"]
+
+
+@pytest.mark.parametrize("first, allowed", [(1.0, 1e-4), (1.1, 0.2)])
+def test_what_rounding_is_allowed(monkeypatch, first, allowed):
+    """Where it is magnified, twice the error of what runs by default."""
+    outputs = {"first": first, "fast": 1 - 0.9 * allowed, "faster": 1 - 1.1 * allowed}
+    clock = Clock(monkeypatch, {"first": 10.0, "fast": 5.0, "faster": 1.0}, outputs)
+    found = measure(clock.choice, clock.work, CPU, exact=torch.ones(3, dtype=torch.float64))
+    assert found.chosen == "fast" and found.refused.keys() == {"faster"}
 
 
 def test_what_fails_by_default_is_an_error(monkeypatch):
@@ -219,6 +228,20 @@ def test_all_candidates_of_a_model_compute_the_same(steps):
                 torch.testing.assert_close(sample(model), expected_sample, atol=1e-3, rtol=1e-3)
             choice.undo()
     assert strides(model) == before and torch.equal(sample(model), expected_sample)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_ROTARY], ids=["absolute", "rotary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_float32(config, dtype):
+    """The same one, which leaves the model as it was."""
+    model = small_model(config).to(dtype)
+    guidance = Guidance(scale=3.0, renorm=0.7)
+    step = MiddleStep(model, DDPMConfig().schedule(3), guidance, set_sizes(16, 4), 2)
+    for stage in Stage:
+        exact = step.in_float32().run(stage)
+        assert exact.dtype == torch.float32 and step.run(stage).dtype == dtype == model.dtype
+        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+        assert (step.run(stage) - exact).norm() < tolerance * exact.norm()
 
 
 def test_choices_of_a_model(monkeypatch):

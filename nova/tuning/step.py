@@ -1,11 +1,14 @@
 """What is timed: a step in the middle of a frame, on random tensors."""
 
+import copy
+
 import torch
 from torch import Tensor
 
 from ..denoising import NoisyTokens, SetNoise, denoise
 from ..guidance import Guidance
 from ..head import PreparedHead
+from ..layers import Rotary
 from ..model import NOVATransformer
 from ..noise import NoiseSource
 from ..schedule import DiffusionSchedule
@@ -57,6 +60,21 @@ class MiddleStep:
     def set_size(self) -> int:
         """Tokens that the step reveals."""
         return self._stop - self._start
+
+    def in_float32(self) -> "MiddleStep":
+        """The same step of the same numbers by plain torch in float32, on a copy of the model."""
+        step = copy.copy(self)
+        step._model = copy.deepcopy(self._model).float()
+        step._model.set_backend("reference")
+        frame, rotary = self._frame, self._frame.rotary
+        step._frame = FrameTensors(
+            frame.cond.float(),
+            frame.embedded.float(),
+            frame.masked.float(),
+            None if rotary is None else Rotary(rotary.cos.float(), rotary.sin.float()),
+        )
+        step._z, step._drawn = self._z.float(), self._drawn.map(Tensor.float)
+        return step
 
     def run(self, stage: Stage) -> Tensor:
         """What a stage of the step computes."""

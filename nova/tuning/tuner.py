@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..attention_libraries import flash_attn_version
@@ -185,12 +186,17 @@ def _measure_all(
     """One choice after the other, each with those before it as they were made."""
     step = MiddleStep(run.model, run.schedule, run.guidance, run.set_sizes, run.batch_size)
     recorder = CUDARecorder() if facts["cuda_graphs"] else None
+    exact = _exact_results(step) if run.model.dtype.itemsize < 4 else {}
     measurements: list[Measurement] = []
     stages: list[Measurement] = []
     for stage in Stage:
         of_stage = [choice for choice in choices if choice.stage is stage]
         time = partial(
-            measure, work=partial(step.run, stage), device=run.model.device, record=recorder
+            measure,
+            work=partial(step.run, stage),
+            device=run.model.device,
+            record=recorder,
+            exact=exact.get(stage),
         )
         found = [time(choice, refused=trial.refused_of(choice.name)) for choice in of_stage]
         chosen = [entry.chosen for entry in found]
@@ -202,6 +208,13 @@ def _measure_all(
                 found = [replace(m, chosen=d) for m, d in zip(found, defaults, strict=True)]
         measurements += found
     return TuningRecord(facts, tuple(measurements), tuple(stages))
+
+
+@torch.inference_mode()
+def _exact_results(step: MiddleStep) -> dict[Stage, Tensor]:
+    """What candidates in half precision are held against."""
+    in_float32 = step.in_float32()
+    return {stage: in_float32.run(stage) for stage in Stage}
 
 
 def _try_unproven(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> TrialResult:
