@@ -23,10 +23,11 @@ from nova.tuning.tuner import AppliedTuning, TunedRun, tune_sampler
 
 PLAIN, EXACT, GRAPHS, TUNED = "plain", "exact", "graphs", "tuned"
 PLAIN_COMPILED, EXACT_COMPILED = "plain, compiled", "exact, compiled"
+GRAPHS_COMPILED = "graphs, compiled"
 REFERENCE_OPS = "exact, reference ops"
 PROGRESS = "with progress bars"
 # Their first run compiles, records or measures; it never counts as a measurement.
-STARTING_UP = (PLAIN_COMPILED, EXACT_COMPILED, GRAPHS, PROGRESS, TUNED)
+STARTING_UP = (PLAIN_COMPILED, EXACT_COMPILED, GRAPHS, GRAPHS_COMPILED, PROGRESS, TUNED)
 
 
 class CompiledSampler:
@@ -171,7 +172,7 @@ def make_samplers(
     """Samplers by name; the plain one, which the others are compared with, comes first.
 
     Args:
-        compiled: plain and exact also with `torch.compile`.
+        compiled: plain, exact and graphs also with `torch.compile`.
         reference_ops: also exact with plain torch in place of every op.
         progress: also exact, from graphs on a GPU, with progress bars.
         tuned: after `nova.tune`.
@@ -192,6 +193,8 @@ def make_samplers(
         samplers[EXACT_COMPILED] = CompiledSampler(generate_frames)
     if device.type == "cuda":
         samplers[GRAPHS] = GraphsSampler()
+        if compiled:
+            samplers[GRAPHS_COMPILED] = CompiledSampler(GraphsSampler())
     if progress:
         sampler = GraphsSampler() if device.type == "cuda" else generate_frames
         samplers[PROGRESS] = ProgressSampler(sampler)

@@ -71,6 +71,7 @@ def weights_key(model: NOVATransformer) -> Hashable:
         _check_fixed(name, module)
     modules = named.values()
     return (
+        model.has_compiled_blocks,
         tuple(requested(module.backend) for module in modules if hasattr(module, "backend")),
         tuple(
             module.attention_library for module in modules if hasattr(module, "attention_library")

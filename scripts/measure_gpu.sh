@@ -35,7 +35,7 @@ fps() {
         --json "$out/fps_$name.json" --plot "$out/fps_$name.png"
 }
 
-step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
+step 70 build "$python" -m pip install --no-build-isolation -e '.[test]'
 step 25 ops "$python" -m nova_kernels
 step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
@@ -44,14 +44,16 @@ step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/tes
 # Those of media files use no GPU, and cannot be collected without PyAV.
 step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
 # Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 105 batch1 --batch 1 --run-latents 2 --repeats 2 --progress
+fps 115 batch1 --batch 1 --run-latents 2 --repeats 2 --progress
 fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
 fps 70 batch24 --batch 24 --run-latents 1 --repeats 2 --no-compile --no-tune
 step 50 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
 step 20 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
-# By name alone: whole videos with text encoder and VAE, and other backends of the ops.
+# By name alone: batch 24 by torch.compile, whole videos with text encoder and VAE, and other backends
+# of the ops.
+fps 150 compiled --batch 24 --run-latents 1 --repeats 2 --compile --no-tune --no-stages
 fps 600 video --batch 1 --run-latents 9 --text --vae --repeats 2
 for backend in triton cuda; do
     fps 90 "$backend" --batch 1 --run-latents 2 --repeats 2 --no-compile --backend "$backend"

@@ -105,6 +105,17 @@ def test_another_backend_is_recorded_anew(monkeypatch):
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) == 14
 
 
+def test_blocks_that_were_compiled_are_recorded_anew():
+    model, graphs = small_model(), repeating_graphs()
+    made = count_recordings(graphs)
+    expected = sample(model, graphs=graphs)
+    model.compile_blocks(backend="eager")
+    # Compiled blocks are not packed for a CPU, so that rounding differs.
+    torch.testing.assert_close(sample(model, graphs=graphs), expected)
+    assert len(made) == 14
+    torch.compiler.reset()
+
+
 class Scaled(torch.nn.Linear):
     """A layer as an adapter makes it, with a number that is no weight."""
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import fps
@@ -19,6 +19,7 @@ from fps_samplers import (
     EXACT,
     EXACT_COMPILED,
     GRAPHS,
+    GRAPHS_COMPILED,
     PLAIN,
     PLAIN_COMPILED,
     PROGRESS,
@@ -236,8 +237,23 @@ def test_compiled_sampler(monkeypatch):
 
 
 def test_samplers_with_compiled_blocks():
-    samplers = make_samplers(CPU, compiled=True)
-    assert list(samplers) == [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED]
+    names = [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED]
+    assert list(make_samplers(CPU, compiled=True)) == names
+    on_a_gpu = make_samplers(torch.device("cuda"), compiled=True)
+    assert list(on_a_gpu) == [*names, GRAPHS, GRAPHS_COMPILED]
+
+
+def test_compiled_blocks_from_graphs(monkeypatch):
+    monkeypatch.setattr("fps_samplers.SamplingGraphs", repeating_graphs)
+    run, sampler = tiny_run(), make_samplers(torch.device("cuda"), compiled=True)[GRAPHS_COMPILED]
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager")
+    )
+    expected = run.sample()
+    for _ in range(2):
+        torch.testing.assert_close(run.sample(sampler), expected)
+    assert sampler._compiled.has_compiled_blocks
+    torch.compiler.reset()
 
 
 def test_tuned_sampler(monkeypatch, tmp_path, capsys):
@@ -580,5 +596,5 @@ def test_command_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
     assert fps.main() == 0
     content = json.loads(file.read_text())
-    samplers = [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED, GRAPHS, TUNED]
+    samplers = [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED, GRAPHS, GRAPHS_COMPILED, TUNED]
     assert [row["sampler"] for row in content["rows"]] == samplers
