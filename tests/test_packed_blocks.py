@@ -5,20 +5,13 @@ import copy
 import pytest
 import torch
 from small_models import SMALL, SMALL_ROTARY, sample, small_model
+from test_onednn import needs_onednn, random
 from torch import nn
 from torch.nn import functional as F
 
 from nova.packed_blocks import packed_blocks
 from nova_kernels import onednn
 from nova_kernels.onednn import PackedLinear
-
-needs_onednn = pytest.mark.skipif(
-    not onednn.is_usable(torch.zeros(1, 1)), reason="torch has no oneDNN for this CPU"
-)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run(blocks, x):
