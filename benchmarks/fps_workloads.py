@@ -8,9 +8,10 @@ from typing import Any
 from fps_text import PHI_2, SIZES
 from fps_vae import IMAGE_VAE
 
-from nova.checkpoint import find_folder, read_json
+from nova.checkpoint import find_folder
 from nova.config import ModelConfig, named_config
 from nova.errors import InputError
+from nova.folders import read_configs
 
 RELEASED_VIDEO = "nova-d48w1024-osp480"
 # Latent frames of 33 pixel frames, which the released model was trained for.
@@ -170,7 +171,7 @@ def _text_encoder_of(config: ModelConfig) -> str | None:
 
 
 def _of_checkpoint(folder: Path) -> Workload:
-    config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+    config, _ = read_configs(folder)
     return Workload(
         folder.name,
         min(TRAINED_FRAMES, config.time_base),

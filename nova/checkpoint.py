@@ -22,7 +22,7 @@ from .errors import CheckpointError
 WEIGHTS_STEM = "diffusion_pytorch_model"
 # Checkpoints that come with this package.
 EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _MAX_LISTED = 6
 _ALIGNMENT = 64  # bytes, of torch's own memory on CPUs
 
@@ -62,6 +62,7 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_options))
     except Exception as error:  # the hub client's errors are many: network, name, access, disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.rstrip(".")
         raise CheckpointError(
             f"{name_or_path} is not a folder here, and the hub did not give it: {reason}. Check "
             "the name and the network, or download the folder and give its path"

@@ -1,6 +1,5 @@
 """What stands in front of the first frame, for all passes: text or label, and motion tokens."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from .errors import InputError
 from .guidance import Guidance
 from .model import DEFAULT_FPS, DEFAULT_MOTION_FLOW, NOVATransformer
+from .numeric import is_finite_number
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,6 @@ def _per_sample(value: float | Sequence[float], batch: int, model: NOVATransform
     values = list(value) if isinstance(value, Sequence) else [value] * batch
     if len(values) != batch:
         raise InputError(f"a list of motion_flow or fps needs {batch} values, got {len(values)}")
-    if not all(math.isfinite(v) for v in values):
-        raise InputError(f"motion_flow and fps must be finite numbers, got {value}")
+    if not all(is_finite_number(v) for v in values):
+        raise InputError(f"motion_flow and fps must be finite numbers, got {value!r}")
     return torch.tensor(values, dtype=torch.float32, device=model.device)

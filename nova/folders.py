@@ -29,13 +29,12 @@ def load_parts(
     allow_pickle: bool = False,
 ) -> Parts:
     """Open the parts of a folder; see `NOVAPipeline.from_pretrained` for arguments and errors."""
+    config, scheduler = read_configs(folder)
     present = _optional_parts(folder)
-    config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     with torch.device("meta"):
         transformer = NOVATransformer(config)
     weights = load_state_dict(folder / "transformer", variant=variant, allow_pickle=allow_pickle)
     load_strict(transformer, weights, str(folder / "transformer"))
-    scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
     if vae == LOAD:
         vae = None
         if "vae" in present:
@@ -52,6 +51,21 @@ def load_parts(
             )
     _check_fit(config, vae, text_encoder)
     return transformer.to(dtype), scheduler, vae, text_encoder
+
+
+def read_configs(folder: Path) -> tuple[ModelConfig, SchedulerConfig]:
+    """What a folder's transformer and scheduler are.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong with which file.
+    """
+    if not (folder / "transformer").is_dir():
+        raise CheckpointError(
+            f"{folder} has no transformer/ folder; is it a NOVA checkpoint in diffusers layout?"
+        )
+    config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return config, scheduler_from_dict(scheduler)
 
 
 def save_parts(
@@ -86,10 +100,6 @@ def save_parts(
 
 def _optional_parts(folder: Path) -> set[str]:
     """Optional parts that the folder has: named in model_index.json, and there."""
-    if not (folder / "transformer").is_dir():
-        raise CheckpointError(
-            f"{folder} has no transformer/ folder; is it a NOVA checkpoint in diffusers layout?"
-        )
     optional = ("vae", "text_encoder", "tokenizer")
     present = {name for name in optional if (folder / name).is_dir()}
     index = folder / "model_index.json"

@@ -1,9 +1,9 @@
 """Classifier-free guidance: its settings, and how many passes run. `diffusion_step` combines."""
 
-import math
 from dataclasses import dataclass
 
 from .errors import InputError
+from .numeric import is_finite_number
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not math.isfinite(value):
-                raise InputError(f"guidance {name} must be a finite number, got {value}")
+            if value is not None and not is_finite_number(value):
+                raise InputError(f"guidance {name} must be a finite number, got {value!r}")
         if self.image_scale < 0:
             raise InputError(f"image_guidance_scale must be 0 or above, got {self.image_scale}")
         if self.image_scale > 0 and self.scale <= 1:

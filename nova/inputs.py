@@ -116,6 +116,8 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
         image: a path, a PIL image, or a uint8 array (H, W, 3); or a list of these.
     """
     images = image if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise InputError("image is an empty list; give one image, or one a sample")
     arrays = [_array(one, read_image, 3, "image") for one in images]
     return to_pixels([_fitted(a, size, "image")[None] for a in arrays])[:, :, 0]
 
@@ -127,6 +129,8 @@ def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
         video: a path (read at `fps`), a uint8 array (T, H, W, 3), or a list of PIL images.
     """
     if isinstance(video, list | tuple):
+        if not video:
+            raise InputError("video is an empty list; give its frames")
         video = np.stack([_array(frame, read_image, 3, "video frame") for frame in video])
     frames = _array(video, lambda path: read_video(path, fps=fps)[0], 4, "video")
     count = 1 + VIDEO_STRIDE * ((len(frames) - 1) // VIDEO_STRIDE)

@@ -45,6 +45,12 @@ class NoiseSource:
             self._generators = list(generator)
         else:
             self._generators = [generator]
+        for one in self._generators:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise InputError(
+                    f"generator must be a torch.Generator, such as torch.Generator()"
+                    f".manual_seed(0), or a list of them, got {one!r}"
+                )
         self._batch_size = batch_size
         self._dtype = dtype
         self._device = device

@@ -10,7 +10,11 @@ from .errors import InputError
 from .guidance import Guidance
 from .model import DEFAULT_FPS, DEFAULT_MOTION_FLOW
 from .noise import Generators
+from .numeric import is_finite_number, whole_number
 from .outputs import OUTPUT_TYPES
+
+COUNTS = ("num_inference_steps", "num_diffusion_steps", "num_images_per_prompt", "vae_batch_size")
+OPTIONAL_COUNTS = ("max_latent_length", "context_frames", "max_batch_size")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Request:
         output_type: "pil", "np", "uint8", "pt" or "latent"; see `NOVAPipelineOutput`.
 
     Raises:
-        InputError: a count below one, or an unknown output type.
+        InputError: a count below one, a rate that is not above 0, a callback that cannot be called,
+            or an unknown output type.
     """
 
     prompt: str | Sequence[str] | int | Sequence[int] | None = None
@@ -89,13 +94,21 @@ class Request:
     output_type: str = "pil"
 
     def __post_init__(self) -> None:
-        counts = ("num_inference_steps", "num_diffusion_steps", "max_latent_length")
-        for name in (*counts, "num_images_per_prompt", "max_batch_size", "vae_batch_size"):
+        for name in (*COUNTS, *OPTIONAL_COUNTS):
             value = getattr(self, name)
-            if value is None and name in ("max_latent_length", "max_batch_size"):
+            if value is None and name in OPTIONAL_COUNTS:
                 continue
-            if not isinstance(value, int) or value < 1:
+            count = whole_number(value)
+            if count is None or count < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, count)  # NumPy's are taken too
+        if self.flow_shift is not None and not is_finite_number(self.flow_shift):
+            raise InputError(f"flow_shift must be a finite number, got {self.flow_shift!r}")
+        rates = self.fps if isinstance(self.fps, Sequence) else [self.fps]
+        if any(is_finite_number(rate) and rate <= 0 for rate in rates):
+            raise InputError(f"fps must be above 0, got {self.fps!r}")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise InputError("callback_on_step_end must be a function")
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
         unknown = set(self.callback_on_step_end_tensor_inputs) - {"latents", "samples"}

@@ -27,6 +27,7 @@ from nova import pipeline as pipeline_module
 from nova.cli.app import app
 from nova.inputs import InputWarning
 from nova.media import MediaWarning, read_video, save, write_image, write_video
+from nova.request import COUNTS, OPTIONAL_COUNTS
 from nova.text import PromptTruncationWarning
 from nova_kernels.errors import BackendError
 
@@ -220,7 +221,7 @@ def test_folder_of_something_else(tmp_path, out):
     with pytest.raises(CheckpointError, match="is it a NOVA checkpoint in diffusers layout"):
         NOVAPipeline.from_pretrained(tmp_path / "photos")
     result = command(PROMPT, "--model", tmp_path / "photos", out=out)
-    check_refusal(result, "config.json is missing; is the checkpoint folder complete?", out)
+    check_refusal(result, "is it a NOVA checkpoint in diffusers layout?", out)
 
 
 @pytest.mark.parametrize("name", ["nothing/at/all", "config.json"])
@@ -234,6 +235,11 @@ def test_not_a_folder(tmp_path, out, name):
         NOVAPipeline.from_pretrained(path)
     assert message in str(raised.value)
     check_refusal(command(PROMPT, "--model", path, out=out), message, out)
+
+
+def test_a_relative_path_is_no_hub_id():
+    with pytest.raises(CheckpointError, match="is not a folder; give a checkpoint folder"):
+        NOVAPipeline.from_pretrained("./shapes")
 
 
 class OpensAFile:
@@ -288,10 +294,8 @@ def test_overlong_prompt_is_truncated(sample, tiny_video_folder, out):
     assert result.stderr.startswith("note: prompts may have 16 tokens; ignored are")
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5])
-@pytest.mark.parametrize(
-    "name", ["num_inference_steps", "num_diffusion_steps", "max_batch_size", "vae_batch_size"]
-)
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "3", True])
+@pytest.mark.parametrize("name", [*COUNTS, *OPTIONAL_COUNTS])
 def test_counts_below_one(sample, name, steps):
     with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got"):
         sample(**{name: steps})
@@ -306,10 +310,41 @@ def test_steps_below_one_on_the_command_line(tiny_video_folder, out, flag):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["guidance_scale", "guidance_trunc", "image_guidance_scale"])
-def test_guidance_that_is_not_finite(sample, name):
-    with pytest.raises(InputError, match="must be a finite number, got nan"):
-        sample(**{name: float("nan")})
+def test_counts_and_numbers_of_numpy(sample):
+    sample(num_inference_steps=np.int64(1), guidance_scale=np.float32(2), fps=np.float64(12))
+
+
+NUMBERS = ("guidance_scale", "guidance_trunc", "image_guidance_scale", "flow_shift", "motion_flow")
+
+
+@pytest.mark.parametrize("value", [float("nan"), "5"])
+@pytest.mark.parametrize("name", [*NUMBERS, "fps"])
+def test_numbers_that_are_not_finite(sample, name, value):
+    with pytest.raises(InputError, match=f"must be (a )?finite numbers?, got {value!r}"):
+        sample(**{name: value})
+
+
+@pytest.mark.parametrize("fps", [0, -3.0, [12, 0]])
+def test_rates_that_are_not_above_zero(sample, fps):
+    with pytest.raises(InputError, match="fps must be above 0, got"):
+        sample(fps=fps)
+
+
+@pytest.mark.parametrize("name", ["image", "video"])
+def test_empty_list_of_pictures(sample, name):
+    with pytest.raises(InputError, match=f"{name} is an empty list; give"):
+        sample(**{name: []})
+
+
+@pytest.mark.parametrize("generator", [5, [5]])
+def test_seed_in_place_of_a_generator(sample, generator):
+    with pytest.raises(InputError, match=r"must be a torch.Generator, such as .* got 5"):
+        sample(generator=generator)
+
+
+def test_callback_that_is_no_function(sample):
+    with pytest.raises(InputError, match="callback_on_step_end must be a function"):
+        sample(callback_on_step_end=5)
 
 
 def test_generator_list_of_the_wrong_length(sample):

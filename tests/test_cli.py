@@ -19,10 +19,12 @@ import nova_kernels
 from nova import pipeline as pipeline_module
 from nova.cli import doctor
 from nova.cli.app import app
+from nova.cli.generate import Backend
 from nova.devices import PeakMemory
 from nova.media import read_image, read_video, write_image, write_video
 from nova.pipeline import NOVAPipeline
 from nova_kernels import onednn
+from nova_kernels.dispatch import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--steps", "2", "--diffusion-steps", "2", "--device", "cpu", "--quiet"]
@@ -564,3 +566,7 @@ def test_written_png_is_a_png(tiny_image_folder, tmp_path):
     generate(PROMPT, "--model", tiny_image_folder, "--out", tmp_path / "X.PNG")
     with Image.open(tmp_path / "X.PNG") as image:
         assert image.format == "PNG"
+
+
+def test_backends_of_the_command():
+    assert [backend.value for backend in Backend] == list(BACKENDS)

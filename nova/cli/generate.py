@@ -25,6 +25,7 @@ class Backend(str, Enum):
     reference = "reference"
     triton = "triton"
     cuda = "cuda"
+    cpp = "cpp"
 
 
 class Dtype(str, Enum):

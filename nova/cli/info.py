@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoint import find_folder, read_json
 from ..config import ModelConfig
 from ..errors import CheckpointError
-from ..schedule import scheduler_from_dict, scheduler_to_dict
+from ..folders import read_configs
+from ..schedule import scheduler_to_dict
 
 PARTS = ("transformer", "vae", "text_encoder")
 
@@ -25,8 +26,7 @@ def describe(name_or_path: str) -> dict[str, Any]:
         CheckpointError, ConfigError: what is wrong with which file.
     """
     folder = find_folder(name_or_path, local_files_only=True)
-    config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
-    scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
+    config, scheduler = read_configs(folder)
     counts = {part: count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
     return {
         "folder": str(folder),

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 
 from .. import inputs
-from ..checkpoint import find_folder, read_json
+from ..checkpoint import find_folder
 from ..config import ModelConfig
 from ..devices import check_device, out_of_memory
 from ..errors import InputError
-from ..folders import LOAD
+from ..folders import LOAD, read_configs
 from ..generation_config import GenerationConfig
 from ..media import VIDEO_SUFFIXES
 from ..pipeline import DEFAULT_LATENT_FRAMES, NOVAPipeline
 from ..request import Request
-from ..schedule import SchedulerConfig, scheduler_from_dict
+from ..schedule import SchedulerConfig
 from .samples import Condition
 
 
@@ -36,8 +36,7 @@ class ModelFiles:
             CheckpointError, ConfigError: what is wrong with which file.
         """
         folder = find_folder(name_or_path, allow_pickle=allow_pickle)
-        config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
-        scheduler = scheduler_from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
+        config, scheduler = read_configs(folder)
         return cls(folder, config, scheduler, GenerationConfig.read(folder))
 
     def check_request(

@@ -10,6 +10,7 @@ from ..codec import LatentCodec
 from ..config import NAMED_CONFIGS, ModelConfig, named_config
 from ..devices import out_of_memory
 from ..errors import CheckpointError, InputError
+from ..folders import read_configs
 from ..model import NOVATransformer
 from ..pipeline import NOVAPipeline
 from ..schedule import DDPMConfig, FlowMatchConfig, SchedulerConfig
@@ -59,7 +60,7 @@ def load_encoders(
     size = None
     if model is not None:
         folder = find_folder(model)
-        config = ModelConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+        config, _ = read_configs(folder)
         vae, size = folder / "vae", config.image_size
         if config.text_token_dim:
             text_encoder = text_encoder or folder

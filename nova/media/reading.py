@@ -118,7 +118,7 @@ def _video_stream(container: Any, path: Path) -> tuple[Any, float]:
     """Return the first video stream and its frame rate, or raise MediaError."""
     name = container.format.name
     if name == "image2" or name.endswith("_pipe"):
-        raise MediaError(f"{path} is an image, not a video; read it with read_image.")
+        raise MediaError(f"{path} is an image, not a video; read it as one (read_image, --image).")
     if not container.streams.video or name == "tty":  # FFmpeg draws text files as terminals
         raise MediaError(f"{path} contains no video stream.")
     stream = container.streams.video[0]
