@@ -74,7 +74,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side = MATRIX_SIDE[device.type]
     a = torch.randn(side, side, device=device).to(dtype)
     copy = _fastest(lambda: target.copy_(source), device)
-    # As layers multiply: in float16 torch's `a @ a` takes a hundred times as long on a CPU.
+    # As layers multiply: torch's `a @ a` in float16 is far slower on a CPU.
     products: list[Callable[[], Any]] = [lambda: F.linear(a, a)]
     if onednn.is_usable(a):
         layer = onednn.PackedLinear(a, torch.zeros(side))

@@ -65,7 +65,7 @@ class Workload:
         """Sets of the first frame on which samplers have to agree; None: all of all frames.
 
         A trained model, on prompts that mean nothing, makes a rounding error larger from set to
-        set, in some videos a thousand times within a frame: there only the first ones tell.
+        set, by orders of magnitude within a frame: there only the first ones tell.
         """
         return None if self.checkpoint is None else 2
 

@@ -50,7 +50,10 @@ class Conditioning:
         if guidance.passes == 3:
             tokens = torch.cat([tokens, tokens[batch:]])
         if model.config.is_video:
-            flow, rate = _per_sample(motion_flow, batch, model), _per_sample(fps, batch, model)
+            flow, rate = (
+                torch.tensor(numbers, dtype=torch.float32, device=model.device)
+                for numbers in _motion_of_samples(motion_flow, fps, batch)
+            )
             motion = model.motion_embed(flow, rate).repeat(guidance.passes, 1, 1)
             tokens = torch.cat([tokens, motion], dim=1)
         return cls(tokens, batch)
@@ -75,10 +78,20 @@ class Conditioning:
         return Conditioning(by_pass[:, start:stop].flatten(0, 1), stop - start)
 
 
-def _per_sample(value: float | Sequence[float], batch: int, model: NOVATransformer) -> Tensor:
-    values = list(value) if isinstance(value, Sequence) else [value] * batch
-    if len(values) != batch:
-        raise InputError(f"a list of motion_flow or fps needs {batch} values, got {len(values)}")
-    if not all(is_finite_number(v) for v in values):
-        raise InputError(f"motion_flow and fps must be finite numbers, got {value!r}")
-    return torch.tensor(values, dtype=torch.float32, device=model.device)
+def _motion_of_samples(
+    motion_flow: float | Sequence[float], fps: float | Sequence[float], batch: int
+) -> tuple[list[float], list[float]]:
+    """One of both for every sample."""
+    flows, rates = (
+        list(value) if isinstance(value, Sequence) else [value] * batch
+        for value in (motion_flow, fps)
+    )
+    for name, values in (("motion_flow", flows), ("fps", rates)):
+        if len(values) != batch:
+            raise InputError(f"a list of {name} needs {batch} values, got {len(values)}")
+        for value in values:
+            if not is_finite_number(value):
+                raise InputError(f"{name} must be a finite number, got {value!r}")
+    if min(rates) <= 0:
+        raise InputError(f"fps must be above 0, got {min(rates)}")
+    return flows, rates

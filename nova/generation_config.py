@@ -6,6 +6,7 @@ from typing import Any
 
 from .checkpoint import read_json, write_json
 from .errors import ConfigError, InputError
+from .numeric import is_finite_number
 from .request import Request
 
 FILE_NAME = "generation_config.json"
@@ -31,8 +32,8 @@ class GenerationConfig:
             raise ConfigError(f"{FILE_NAME}: {error}") from None
         for name in ("guidance_scale", "motion_flow"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ConfigError(f"{FILE_NAME}: `{name}` must be a number, got {value!r}")
+            if not is_finite_number(value):
+                raise ConfigError(f"{FILE_NAME}: `{name}` must be a finite number, got {value!r}")
 
     @classmethod
     def read(cls, folder: Path) -> "GenerationConfig":

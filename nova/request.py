@@ -61,8 +61,7 @@ class Request:
         output_type: "pil", "np", "uint8", "pt" or "latent"; see `NOVAPipelineOutput`.
 
     Raises:
-        InputError: a count below one, a rate that is not above 0, a callback that cannot be called,
-            or an unknown output type.
+        InputError: a count below one, a callback that cannot be called, or an unknown output type.
     """
 
     prompt: str | Sequence[str] | int | Sequence[int] | None = None
@@ -104,9 +103,6 @@ class Request:
             object.__setattr__(self, name, count)  # NumPy's are taken too
         if self.flow_shift is not None and not is_finite_number(self.flow_shift):
             raise InputError(f"flow_shift must be a finite number, got {self.flow_shift!r}")
-        rates = self.fps if isinstance(self.fps, Sequence) else [self.fps]
-        if any(is_finite_number(rate) and rate <= 0 for rate in rates):
-            raise InputError(f"fps must be above 0, got {self.fps!r}")
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise InputError("callback_on_step_end must be a function")
         if self.output_type not in OUTPUT_TYPES:

@@ -320,11 +320,11 @@ NUMBERS = ("guidance_scale", "guidance_trunc", "image_guidance_scale", "flow_shi
 @pytest.mark.parametrize("value", [float("nan"), "5"])
 @pytest.mark.parametrize("name", [*NUMBERS, "fps"])
 def test_numbers_that_are_not_finite(sample, name, value):
-    with pytest.raises(InputError, match=f"must be (a )?finite numbers?, got {value!r}"):
+    with pytest.raises(InputError, match=f"must be a finite number, got {value!r}"):
         sample(**{name: value})
 
 
-@pytest.mark.parametrize("fps", [0, -3.0, [12, 0]])
+@pytest.mark.parametrize("fps", [0, -3.0, [0.0]])
 def test_rates_that_are_not_above_zero(sample, fps):
     with pytest.raises(InputError, match="fps must be above 0, got"):
         sample(fps=fps)

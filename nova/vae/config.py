@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from math import isfinite
 from typing import Any
 
 from ..errors import ConfigError
+from ..numeric import is_finite_number
 
 # Keys that VAE configurations carry and that change nothing here: SiLU is the only activation,
 # frames may have any size, and the precision is the caller's choice.
@@ -139,7 +139,7 @@ def _check(config: VAEConfig) -> None:
         value = getattr(config, name)
         if value is None and name == "shift_factor":
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+        if not is_finite_number(value):
             raise ConfigError(f"`{name}` must be a finite number, got {value!r}")
     if config.scaling_factor <= 0:
         raise ConfigError(f"`scaling_factor` must be positive, got {config.scaling_factor!r}")
