@@ -25,7 +25,7 @@ from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
 from measure import check_file, machine, write_rows
-from reference_package import import_reference
+from reference_package import DIFFNEXT, import_reference
 
 from nova.devices import check_device, free_memory
 from nova.errors import NovaError
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reference-ops", action="store_true", help="also exact with plain torch for every op")
     add("--progress", action="store_true", help="also exact with progress bars: what they cost")
     add("--tune", action=switch, help="also exact after nova.tune; default: on a GPU")
-    add("--against", choices=["diffnext"], help="the reference package, if it can be imported")
+    add("--against", choices=[DIFFNEXT], help="the reference package, if it can be imported")
     add("--text", action=switch, help="time the text encoder too; default: on a GPU")
     add("--vae", action=switch, help="decode too; default: on a GPU")
     add("--stages", action=switch, default=True, help="measure stages in a run of their own")
@@ -101,7 +101,7 @@ def main() -> int:
     except NovaError as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"--against diffnext: {error}; see benchmarks/reference_package.py")
+        parser.error(f"--against {DIFFNEXT}: {error}; see benchmarks/reference_package.py")
     on_gpu = device.type == "cuda"
     # In float32 torch rounds what convolutions on a GPU read, not what matrix products read. The
     # plain sampler embeds tokens by the former, the others by the latter, and would seem wrong.
@@ -123,7 +123,7 @@ def main() -> int:
                 reference_ops=arguments.reference_ops,
                 progress=arguments.progress,
                 tuned=on_gpu if arguments.tune is None else arguments.tune,
-                against=arguments.against,
+                against_diffnext=arguments.against == DIFFNEXT,
             )
             try:
                 measured = measure(

@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 from ceilings import Ceilings
+from fps_gate import TOLERANCES, Agreement, Gate, first_tokens_in_float32
 from fps_memory import SamplerMemory
 from fps_samplers import EXACT, PLAIN, STARTING_UP, TUNED
 from fps_stages import stage_seconds
 from fps_text import make_text_encoder, text_seconds
 from fps_vae import decode_seconds, make_vae
 from fps_workloads import Workload
-from measure import allocated_bytes, relative_error, synchronize
+from measure import allocated_bytes, synchronize
 from random_model import RandomModelRun
 from torch import Tensor
 from work_counts import TEXT, VAE, total
 
 from nova_kernels.dispatch import requested
 from nova_kernels.errors import in_a_line
-
-# Outputs of all samplers must agree with plain's to this relative error.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 @dataclass
@@ -34,7 +32,7 @@ class SamplerRuns:
         latencies, first_frames: seconds of the timed runs, and those until their first frame.
         first_run_s: of the first run, with whatever starts up in it.
         memory: what it takes.
-        error: relative, against the plain sampler.
+        agreement: of its latents with others; None: it gave none.
         refused: why it was not timed; None: it was right.
     """
 
@@ -42,7 +40,7 @@ class SamplerRuns:
     latencies: list[float] = field(default_factory=list)
     first_frames: list[float] = field(default_factory=list)
     first_run_s: float = 0.0
-    error: float = 0.0
+    agreement: Agreement | None = None
     refused: str | None = None
 
 
@@ -69,10 +67,9 @@ def run_samplers(
     run: RandomModelRun,
     samplers: dict[str, Callable],
     device: torch.device,
+    gate: Gate,
     *,
     repeats: int,
-    tolerance: float,
-    compared_sets: int | None = None,
     warm_up: bool = True,
     seconds: float | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -83,9 +80,8 @@ def run_samplers(
     differ is not timed. Then they take turns.
 
     Args:
-        samplers: by name; the one that the others are compared with comes first.
-        tolerance: largest relative error.
-        compared_sets: only the tokens of so many sets of the first frame are compared; None: all.
+        samplers: by name; plain, which the others are compared with, comes first.
+        gate: what their first latents have to pass.
         warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
             that compile or record in it.
         seconds: no third or later turn begins after so many.
@@ -94,29 +90,21 @@ def run_samplers(
     begin = time.perf_counter()
     seen: dict[str, SamplerRuns] = {}
     shared_bytes = allocated_bytes(device)
-    right = None
     for name, sampler in samplers.items():
         seen[name] = runs = SamplerRuns(SamplerMemory(device, shared_bytes))
         try:
             with runs.memory.run():
                 latents, runs.first_run_s, first_frame = timed_run(run, sampler, device)
         except Exception as error:  # whatever compilers, drivers and other packages raise
-            if right is None:
+            if name == PLAIN:
                 raise
             runs.refused = _reason(error)
             say(f"{name}: {runs.refused}")
             continue
         say(f"{name}: first run {runs.first_run_s:.3g} s")
-        right = latents if right is None else right
-        compared = latents, right
-        if compared_sets is not None:
-            compared = [run.first_tokens(each, compared_sets) for each in compared]
-        runs.error = relative_error(*compared)
-        if not latents.isfinite().all():
-            runs.refused = "wrong: NaN or infinite values"
-        elif not runs.error <= tolerance:
-            runs.refused = f"wrong: differs from plain by {runs.error:.1e}, allowed {tolerance:.0e}"
-        elif not warm_up and name not in STARTING_UP:
+        runs.agreement = gate.check(latents)
+        runs.refused = runs.agreement.refused
+        if runs.refused is None and not warm_up and name not in STARTING_UP:
             runs.latencies.append(runs.first_run_s)
             runs.first_frames.append(first_frame)
     for turn in range(repeats):
@@ -130,7 +118,7 @@ def run_samplers(
                 with runs.memory.run():
                     _, latency, first_frame = timed_run(run, samplers[name], device)
             except Exception as error:
-                if name == PLAIN:  # which all the others are compared with
+                if name == PLAIN:
                     raise
                 runs.refused = _reason(error)
                 continue
@@ -213,13 +201,19 @@ def measure(
         fitting = fitting_frames(run, samplers[PLAIN], device, workload.run_seconds)
         run.shorten(min(fitting, workload.num_frames))
         say(f"{run.sets_run} of {run.sets_of_video} sets are run")
+    in_float32 = None if dtype == torch.float32 else first_tokens_in_float32(run, device, say)
+    gate = Gate(
+        run,
+        TOLERANCES[dtype],
+        compared_sets=workload.compared_sets,
+        float32_tokens=in_float32,
+    )
     seen = run_samplers(
         run,
         samplers,
         device,
+        gate,
         repeats=workload.repeats,
-        tolerance=TOLERANCES[dtype],
-        compared_sets=workload.compared_sets,
         warm_up=workload.warm_up,
         seconds=seconds,
         say=say,
@@ -306,6 +300,7 @@ def _figures(
         "fps_with_vae": None if vae_s is None else frames / (latency + share * vae_s),
         "ratio_to_plain": plain_s / latency,
         "share_of_floor": shared["floor_s"] / latency,
-        "max_error_vs_plain": runs.error,
+        "max_error_vs_plain": runs.agreement.error,
+        "error_vs_float32": runs.agreement.float32_error,
         "peak_memory_bytes": runs.memory.peak_bytes,
     }

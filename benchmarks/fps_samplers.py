@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from reference_package import ReferenceSampler
+from reference_package import DIFFNEXT, ReferenceSampler
 from shared_weights import share_weights
 from torch import Tensor
 
@@ -167,7 +167,7 @@ def make_samplers(
     reference_ops: bool = False,
     progress: bool = False,
     tuned: bool = False,
-    against: str | None = None,
+    against_diffnext: bool = False,
 ) -> dict[str, Callable]:
     """Samplers by name; the plain one, which the others are compared with, comes first.
 
@@ -176,7 +176,8 @@ def make_samplers(
         reference_ops: also exact with plain torch in place of every op.
         progress: also exact, from graphs on a GPU, with progress bars.
         tuned: after `nova.tune`.
-        against: "diffnext" adds the reference package, as it is and after `nova.accelerate`.
+        against_diffnext: also the reference package, as it is and after `nova.accelerate`, on a GPU
+            with CUDA graphs.
 
     Raises:
         ImportError: that package is not there.
@@ -200,7 +201,9 @@ def make_samplers(
         samplers[PROGRESS] = ProgressSampler(sampler)
     if tuned:
         samplers[TUNED] = TunedSampler(device)
-    if against is not None:
-        samplers[against] = ReferenceSampler()
-        samplers[f"{against}, accelerated"] = ReferenceSampler(accelerated=True)
+    if against_diffnext:
+        samplers[DIFFNEXT] = ReferenceSampler()
+        samplers[f"{DIFFNEXT}, accelerated"] = ReferenceSampler(
+            accelerated=True, cuda_graphs=device.type == "cuda"
+        )
     return samplers

@@ -1,5 +1,6 @@
 """Sampling runs of a geometry with random weights and prompts, or a checkpoint's weights."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,18 @@ from nova.noise import NoiseSource
 from nova.sampling import generate_frames
 from nova.schedule import FlowMatchConfig, set_sizes
 from nova.token_order import TokenOrder
+
+
+class DrawsInFloat32(NoiseSource):
+    """The numbers that are drawn in another dtype, in float32."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        # Sorted to tell the order of the tokens. Half precision draws many of them equal, which
+        # another dtype need not sort alike; ranks it does.
+        return super().uniform(*shape).argsort(dim=1).argsort(dim=1).float()
+
+    def normal(self, *shape: int) -> Tensor:
+        return super().normal(*shape).float()
 
 
 class RandomModelRun:
@@ -66,6 +79,7 @@ class RandomModelRun:
                 model = NOVATransformer(named_config(geometry)).to(dtype)
         self._model = model.eval().requires_grad_(False)
         self._model.set_backend(backend)
+        self._dtype, self._noise_kind = dtype, NoiseSource
         self.config = config = model.config
         if not config.text_token_dim:
             raise InputError(f"{geometry} takes class labels; choose a model that takes text")
@@ -129,10 +143,24 @@ class RandomModelRun:
         tokens = patchify(latents[:, :, 0], self.config.patch_size)
         return order.select(tokens, 0, sum(self._set_sizes[:num_sets]))
 
+    def in_float32(self, num_sets: int) -> "RandomModelRun":
+        """The first sets of the first frame by plain torch in float32: same numbers, rounded less.
+
+        Weights (a copy), prompts and draws are those of this run.
+        """
+        run = copy.copy(self)
+        run._model = copy.deepcopy(self._model).float()
+        run._model.set_backend("reference")
+        run._conditioning = Conditioning(self._conditioning.tokens.float(), self.batch)
+        run._set_sizes = self._set_sizes[:num_sets]
+        run._noise_kind = DrawsInFloat32
+        run.shorten(1)
+        return run
+
     def _noise(self) -> NoiseSource:
-        model = self._model
-        generator = torch.Generator(model.device).manual_seed(0)
-        return NoiseSource(generator, self.batch, dtype=model.dtype, device=model.device)
+        device = self._model.device
+        generator = torch.Generator(device).manual_seed(0)
+        return self._noise_kind(generator, self.batch, dtype=self._dtype, device=device)
 
     def work(self) -> dict[str, Work]:
         """What `sample` takes by stage, with the exact sampler; see `work_counts`."""

@@ -74,19 +74,14 @@ def fps_table(content: dict[str, Any]) -> list[str]:
     """Frames a second of all samplers, one line a geometry and batch; from benchmarks/fps.py."""
     rows = [row for row in content["rows"] if "refused" not in row]
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    others = [name for name in samplers if name != PLAIN]
     has_floor = all("share_of_floor" in row for row in rows)
-    header = ["geometry", "batch", *samplers, *(f"{name} is" for name in others)]
+    header = ["geometry", "batch", *samplers]
     lines = _markdown_head(header + ["of floor"] * has_floor)
     for _, group in groupby(rows, key=lambda row: (_workload(row), row["batch"])):
         by_sampler = {row["sampler"]: row for row in group}
-        row = by_sampler[PLAIN]
-        cells = [_workload(row), str(row["batch"])]
+        plain = by_sampler[PLAIN]
+        cells = [_workload(plain), str(plain["batch"])]
         cells += [_speed(by_sampler.get(name)) for name in samplers]
-        cells += [
-            f"{by_sampler[name]['ratio_to_plain']:.2f} x plain" if name in by_sampler else "-"
-            for name in others
-        ]
         if has_floor:
             best = max(row["share_of_floor"] for row in by_sampler.values())
             cells.append(f"{100 * best:.0f} %")
@@ -99,7 +94,7 @@ def fps_table(content: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"{_machine(content['machine'])}, {dtype}; medians of {runs} runs, in brackets their "
-        f"range; latents equal to {error:.0e}. `{content['command']}`",
+        f"range, and how many times as fast as plain; latents equal to {error:.0e}. `{content['command']}`",
     ]
 
 
@@ -136,15 +131,18 @@ def _is_whole(row: Row) -> bool:
 
 
 def _speed(row: Row | None) -> str:
-    """Frames a second; of a part of a latent frame seconds."""
+    """Frames a second, or of a part of a latent frame seconds, and how often that of plain."""
     if row is None:
         return "-"
     times = row["latencies_s"]
     slowest, fastest = max(times), min(times)
     if row["sets_run"] * row["latent_frames"] % row["sets_of_video"]:
-        return f"{row['latency_s']:.1f} s ({fastest:.1f}-{slowest:.1f})"
-    frames = row["fps"] * row["latency_s"]
-    return f"{row['fps']:.1f} FPS ({frames / slowest:.1f}-{frames / fastest:.1f})"
+        speed = f"{row['latency_s']:.1f} s ({fastest:.1f}-{slowest:.1f})"
+    else:
+        frames = row["fps"] * row["latency_s"]
+        speed = f"{row['fps']:.1f} FPS ({frames / slowest:.1f}-{frames / fastest:.1f})"
+    is_plain = row["sampler"] == PLAIN
+    return speed if is_plain else f"{speed}, **{row['ratio_to_plain']:.2f} x**"
 
 
 def _machine(facts: Row) -> str:

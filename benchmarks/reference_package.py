@@ -1,7 +1,8 @@
 """The reference package (diffnext, github.com/baaivision/NOVA) as a peer, where it can be imported.
 
 It is run as its authors wrote it, with the weights of our model, on the same conditioning tokens
-and noise. For a checkout that is not installed: PYTHONPATH=third_party/NOVA.
+and noise. For a checkout that is not installed: PYTHONPATH=third_party/NOVA. Of what it needs this
+package's dependencies lack only scipy, and for whole pipelines einops.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 import nova
 from nova.conditioning import Conditioning
 from nova.config import ModelConfig
+from nova.graph_recording import RecordingError
 from nova.guidance import Guidance
 from nova.model import NOVATransformer
 from nova.schedule import DiffusionSchedule, FlowMatchConfig
+
+# The name of its package, and of its row.
+DIFFNEXT = "diffnext"
 
 
 class ReferenceSampler:
@@ -30,6 +35,7 @@ class ReferenceSampler:
 
     Raises:
         ImportError: the package, or something that it needs, is not there.
+        RecordingError: of a call: `nova.accelerate` did not do what it was asked for.
     """
 
     def __init__(self, seed: int = 0, *, accelerated: bool = False, **options: Any):
@@ -51,7 +57,7 @@ class ReferenceSampler:
         if self._transformer is None:
             self._transformer = make_reference(model)
             if self._accelerated:
-                nova.accelerate(SimpleNamespace(transformer=self._transformer), **self._options)
+                nova.accelerate(self._pipe(), **self._options)
         batch = conditioning.batch_size
         channels, height, width = model.config.latent_shape
         inputs = {
@@ -67,7 +73,19 @@ class ReferenceSampler:
             "tqdm2": False,
         }
         self._transformer.generate_video(inputs)
+        if self._accelerated:
+            self._check_report()
         return iter(inputs["latents"])
+
+    def _pipe(self) -> SimpleNamespace:
+        return SimpleNamespace(transformer=self._transformer)
+
+    def _check_report(self) -> None:
+        """What was left to the reference, or could not be recorded, is not what the row says."""
+        report = nova.report(self._pipe())
+        reason = report.left_to_reference or report.graphs_failure
+        if reason is not None:
+            raise RecordingError(reason)
 
 
 def import_reference() -> Any:

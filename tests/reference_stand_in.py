@@ -58,10 +58,12 @@ class StandInTransformer(nn.Module):
 
     def generate_video(self, inputs):
         self.calls += 1
-        model, batch = self._model[0], inputs["batch_size"]
+        model, batch = self._model[0], len(inputs["x"])
         names = {"scale": "guidance_scale", "image_scale": "image_guidance_scale",
                  "renorm": "guidance_renorm", "trunc": "guidance_trunc"}  # fmt: skip
-        guidance = Guidance(**{ours: inputs[theirs] for ours, theirs in names.items()})
+        guidance = Guidance(
+            **{ours: inputs[theirs] for ours, theirs in names.items() if theirs in inputs}
+        )
         tokens = inputs["c"]
         if guidance.passes == 3:
             tokens = torch.cat([tokens, tokens[batch:]])

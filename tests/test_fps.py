@@ -13,6 +13,7 @@ import pytest
 import torch
 from card_facts import parse_card_facts
 from ceilings import Ceilings, measure_ceilings
+from fps_gate import Gate
 from fps_measure import measure, run_samplers
 from fps_plot import check_plot, plot
 from fps_samplers import (
@@ -52,6 +53,11 @@ FACTS = {"name": "a processor", "threads": 1, "torch": "2", "matmul_TFLOP_per_s"
 def tiny_run():
     sizes = {"num_frames": 2, "num_steps": 3, "num_diffusion_steps": 2}
     return RandomModelRun("tiny-video", batch=1, device=CPU, dtype=torch.float32, **sizes)
+
+
+def run_checked(samplers, **options):
+    run = tiny_run()
+    return run_samplers(run, samplers, CPU, Gate(run, 1e-4), **options)
 
 
 def rows_of(workload=TINY, samplers=None, **options):
@@ -136,43 +142,12 @@ def test_a_slow_sampler_makes_a_part_of_a_video(monkeypatch, seconds_a_frame, fr
 def test_what_is_wrong_is_not_timed():
     samplers = {PLAIN: generate_frames_plain, "wrong": wrong_sampler, "greedy": greedy_sampler}
     samplers["broken"] = broken_sampler
-    seen = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4)
+    seen = run_checked(samplers, repeats=1)
     assert seen["wrong"].refused.startswith("wrong: differs from plain by 1.0e-02")
     assert seen["greedy"].refused == "not enough memory"
     assert seen["broken"].refused == "failed: RuntimeError: no C compiler"
     assert not seen["wrong"].latencies and not seen["greedy"].latencies
     assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
-
-
-def test_compared_sets():
-    """Of a checkpoint, which magnifies rounding from set to set, the first ones alone tell."""
-    run = tiny_run()
-
-    def wrong_at_first(model, conditioning, **options):
-        for latents in generate_frames(model, conditioning, **options):
-            first = run.first_tokens(latents[:, :, None], 1)
-            yield torch.where(torch.isin(latents, first), 2 * latents, latents)
-
-    def wrong_later(model, conditioning, **options):
-        first, second = generate_frames(model, conditioning, **options)
-        kept = torch.isin(first, run.first_tokens(first[:, :, None], 2))
-        yield torch.where(kept, first, 2 * first)
-        yield 2 * second
-
-    def not_finite(model, conditioning, **options):
-        first, second = generate_frames(model, conditioning, **options)
-        yield first
-        yield second / 0
-
-    samplers = {PLAIN: generate_frames_plain, "first": wrong_at_first, "later": wrong_later}
-    samplers["nan"] = not_finite
-    seen = {
-        sets: run_samplers(run, samplers, CPU, repeats=1, tolerance=1e-4, compared_sets=sets)
-        for sets in (2, None)
-    }
-    assert seen[2]["later"].refused is None and seen[None]["later"].refused
-    for runs in seen.values():
-        assert runs["first"].refused and runs["nan"].refused.startswith("wrong")
 
 
 def test_memory_that_other_samplers_keep_does_not_count(monkeypatch):
@@ -209,7 +184,7 @@ def counting(calls):
 def test_number_of_runs(options, runs):
     calls = []
     samplers = {PLAIN: counting(calls)}
-    seen = run_samplers(tiny_run(), samplers, CPU, repeats=3, tolerance=1e-4, **options)
+    seen = run_checked(samplers, repeats=3, **options)
     assert len(calls) == runs
     assert len(seen[PLAIN].latencies) == runs - options.get("warm_up", True)
 
@@ -217,7 +192,7 @@ def test_number_of_runs(options, runs):
 def test_a_first_run_that_compiles_never_counts():
     calls = []
     samplers = {PLAIN: generate_frames_plain, PLAIN_COMPILED: counting(calls)}
-    seen = run_samplers(tiny_run(), samplers, CPU, repeats=1, tolerance=1e-4, warm_up=False)
+    seen = run_checked(samplers, repeats=1, warm_up=False)
     assert len(calls) == 2 and len(seen[PLAIN_COMPILED].latencies) == 1
 
 

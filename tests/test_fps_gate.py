@@ -1,0 +1,108 @@
+"""benchmarks/fps_gate.py: what a sampler has to agree with before fps.py times it."""
+
+import pytest
+import torch
+from fps_gate import ALLOWED_TIMES, FLOAT32_SETS, Gate, first_tokens_in_float32
+from fps_table import captions, print_tables
+from random_model import RandomModelRun
+from test_fps import CPU, FACTS, TINY, rows_of
+
+from nova.plain_sampling import generate_frames_plain
+from nova.sampling import generate_frames
+
+SILENT = {"device": CPU, "say": lambda line: None}
+
+
+def make_run(dtype=torch.float32, num_steps=8):
+    sizes = {"num_frames": 2, "num_steps": num_steps, "num_diffusion_steps": 2}
+    return RandomModelRun("tiny-video", batch=2, device=CPU, dtype=dtype, **sizes)
+
+
+def disturbed(latents, size):
+    """With an error of a relative size."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    return latents + (size * noise * latents.float().norm() / noise.norm()).to(latents)
+
+
+def test_differing_from_plain():
+    run = make_run()
+    gate, latents = Gate(run, 1e-4), run.sample(generate_frames_plain)
+    assert gate.check(latents).refused is None
+    exact = gate.check(run.sample(generate_frames))
+    assert exact.refused is None and 0 < exact.error < 1e-5 and exact.float32_error is None
+    assert gate.check(1.01 * latents).refused.startswith("wrong: differs from plain by 1.0e-02")
+    assert gate.check(latents / 0).refused == "wrong: NaN or infinite values"
+
+
+def test_compared_sets():
+    """Of a checkpoint, which magnifies rounding from set to set, the first ones alone tell."""
+    run = make_run()
+    gate, latents = Gate(run, 1e-4, compared_sets=2), run.sample(generate_frames_plain)
+    gate.check(latents)
+    revealed = torch.isin(latents, run.first_tokens(latents, 2))
+    assert gate.check(torch.where(revealed, latents, 2 * latents)).refused is None
+    assert gate.check(torch.where(revealed, 2 * latents, latents)).refused
+    not_a_number = torch.where(revealed, latents, torch.nan)
+    assert gate.check(not_a_number).refused == "wrong: NaN or infinite values"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_is_the_same_run(dtype):
+    run = make_run(dtype)
+    tokens = first_tokens_in_float32(run, **SILENT)
+    latents = run.sample(generate_frames_plain)
+    rounded = run.first_tokens(latents, FLOAT32_SETS)
+    assert tokens.dtype == torch.float32 and tokens.shape == rounded.shape
+    # Rounding alone: half a unit in the last place of a result, and as much a few times before.
+    error = (tokens - rounded).norm() / tokens.norm()
+    assert 0.2 * torch.finfo(dtype).eps < error < 10 * torch.finfo(dtype).eps
+    # The run itself stays as it was.
+    assert torch.equal(run.sample(generate_frames_plain), latents)
+
+
+def test_further_from_float32_than_plain():
+    run = make_run(torch.bfloat16)
+    tokens, latents = first_tokens_in_float32(run, **SILENT), run.sample(generate_frames_plain)
+    gate = Gate(run, 1.0, float32_tokens=tokens)
+    plain = gate.check(latents)
+    assert plain.refused is None and plain.error == 0 and 0 < plain.float32_error < 0.1
+    # An error of the same size beside that of plain: together 1.4 times as much; three: 3.2.
+    near = gate.check(disturbed(latents, plain.float32_error))
+    assert near.refused is None and near.float32_error > 1.1 * plain.float32_error
+    far = gate.check(disturbed(latents, 3 * plain.float32_error))
+    assert far.float32_error > ALLOWED_TIMES * plain.float32_error
+    times = far.float32_error / plain.float32_error
+    assert far.refused == f"wrong: {times:.1f} times as far from float32 as plain, allowed 2.0"
+    # Of a checkpoint it is told, and refuses nothing.
+    gate = Gate(run, 1.0, compared_sets=2, float32_tokens=tokens)
+    gate.check(latents)
+    told = gate.check(disturbed(latents, 3 * plain.float32_error))
+    assert told.refused is None and told.float32_error == far.float32_error
+
+
+def test_no_memory_for_float32(monkeypatch):
+    def greedy(self, *arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(RandomModelRun, "in_float32", greedy)
+    said = []
+    assert first_tokens_in_float32(make_run(torch.bfloat16), CPU, said.append) is None
+    assert said == ["not enough memory to compare with float32"]
+    rows = rows_of(dtype=torch.bfloat16, stages=False)
+    assert [row["error_vs_float32"] for row in rows] == [None, None]
+
+
+def test_rows_in_half_precision(capsys):
+    rows = rows_of(TINY, dtype=torch.bfloat16, stages=False)
+    plain, exact = (row["error_vs_float32"] for row in rows)
+    assert 1e-3 < plain < 0.1 and exact < ALLOWED_TIMES * plain
+    times = f"at most {exact / plain:.2f} times that of plain."
+    assert any(line.startswith("from float32") and times in line for line in captions(rows, FACTS))
+    reference = {**rows[0], "sampler": "diffnext", "error_vs_float32": exact / 1.5}
+    caption = next(line for line in captions([*rows, reference], FACTS) if "float32" in line)
+    assert caption.endswith("times that of plain; at most 1.50 times that of diffnext.")
+    print_tables(rows, FACTS)
+    assert f"{exact:.1e}" in capsys.readouterr().out
+    in_float32 = rows_of(TINY, stages=False)
+    print_tables(in_float32, FACTS)
+    assert "from float32" not in capsys.readouterr().out
