@@ -94,7 +94,8 @@ def fps_table(content: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"{_machine(content['machine'])}, {dtype}; medians of {runs} runs, in brackets their "
-        f"range, and how many times as fast as plain; latents equal to {error:.0e}. `{content['command']}`",
+        f"range, and how many times as fast as plain; latents equal to {error:.0e}. "
+        f"`{content['command']}`",
     ]
 
 

@@ -51,8 +51,10 @@ step 50 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
 step 20 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
-# By name alone: batch 24 by torch.compile, whole videos with text encoder and VAE, and other backends
-# of the ops.
+# By name alone: when pixels of a stream are there, batch 24 by torch.compile, whole videos with text
+# encoder and VAE, and other backends of the ops.
+step 120 streaming "$python" benchmarks/streaming.py --json "$out/streaming.json" \
+    --plot "$out/streaming.png"
 fps 150 compiled --batch 24 --run-latents 1 --repeats 2 --compile --no-tune --no-stages
 fps 600 video --batch 1 --run-latents 9 --text --vae --repeats 2
 for backend in triton cuda; do

@@ -1,0 +1,160 @@
+"""Runs of streaming.py: when the pixels of one clip arrive, and that they are right."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from measure import peak_memory_bytes, reset_peak_memory, synchronize
+
+import nova
+from nova_kernels.errors import in_a_line
+
+# Pixels may differ by rounding: of so many of 256 levels.
+ALLOWED_LEVELS = 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to get the pixels of a clip.
+
+    Attributes:
+        name: for tables.
+        streams: piece by piece; else by a call, all at once.
+        tile_latents: latent frames that the VAE decodes together.
+        overlaps: the VAE decodes while the next frame is sampled; needs a GPU.
+    """
+
+    name: str
+    streams: bool
+    tile_latents: int
+    overlaps: bool = False
+
+
+def ways(device: torch.device, tile_latents: int) -> list[Way]:
+    """All ways of a device; `tile_latents` is what the VAE was trained for.
+
+    Of each size of tiles the call, which others are compared with, comes first.
+    """
+    found = []
+    for tile in dict.fromkeys((tile_latents, 2)):
+        suffix = "" if tile == tile_latents else f", tiles of {tile}"
+        found += [Way(f"call{suffix}", False, tile), Way(f"stream{suffix}", True, tile)]
+        if device.type == "cuda":
+            found.append(Way(f"stream{suffix}, overlapped", True, tile, overlaps=True))
+    return found
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """When the pixel frames of one run were there.
+
+    Attributes:
+        pieces: (seconds since the start, number of frames), one after the other.
+    """
+
+    pieces: tuple[tuple[float, int], ...]
+
+    @property
+    def first_s(self) -> float:
+        return self.pieces[0][0]
+
+    @property
+    def last_s(self) -> float:
+        return self.pieces[-1][0]
+
+    @property
+    def num_frames(self) -> int:
+        return sum(frames for _, frames in self.pieces)
+
+    def plays_from(self, rate: float) -> float:
+        """The earliest second to start playing at, so many frames a second, without a pause."""
+        shown, earliest = 0, 0.0
+        for seconds, frames in self.pieces:
+            earliest = max(earliest, seconds - shown / rate)
+            shown += frames
+        return earliest
+
+
+@dataclass
+class WayRuns:
+    """What was seen of a way: timed runs, or why there are none."""
+
+    way: Way
+    runs: list[Arrivals]
+    peak_bytes: int = 0
+    refused: str | None = None
+
+    @property
+    def median(self) -> Arrivals:
+        """The run of the median time; the faster one of the middle two."""
+        return sorted(self.runs, key=lambda run: run.last_s)[(len(self.runs) - 1) // 2]
+
+
+def run_ways(
+    pipe: nova.NOVAPipeline,
+    chosen: Sequence[Way],
+    request: dict[str, Any],
+    *,
+    repeats: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[WayRuns]:
+    """Every way once to warm up and to be checked, then in turns.
+
+    Args:
+        request: of the call, without generator.
+    """
+    seen, right = [WayRuns(way, []) for way in chosen], {}
+    for turn in range(repeats + 1):
+        for one in seen:
+            if one.refused is not None:
+                continue
+            reset_peak_memory(pipe.device)
+            try:
+                arrivals, frames = _run(pipe, one.way, request)
+            except nova.NovaError as error:
+                one.refused = f"failed: {in_a_line(error)}"
+                continue
+            one.peak_bytes = max(one.peak_bytes, peak_memory_bytes(pipe.device))
+            if turn == 0:
+                expected = right.setdefault(one.way.tile_latents, frames)
+                one.refused = _difference(frames, expected)
+            else:
+                one.runs.append(arrivals)
+            verdict = one.refused or f"{arrivals.last_s:.3g} s"
+            say(f"{'first run' if turn == 0 else f'turn {turn}'}, {one.way.name}: {verdict}")
+    return seen
+
+
+def _run(pipe: nova.NOVAPipeline, way: Way, request: dict[str, Any]) -> tuple[Arrivals, np.ndarray]:
+    """When frames arrived, and the frames (T, H, W, 3) uint8."""
+    request = {**request, "generator": torch.Generator(pipe.device).manual_seed(0)}
+    pipe.vae.module.tile_latents = way.tile_latents
+    pieces, frames = [], []
+    synchronize(pipe.device)
+    start = time.perf_counter()
+    for piece in _pieces(pipe, way, request):  # on the CPU: the GPU has done its work
+        if len(piece):
+            pieces.append((time.perf_counter() - start, len(piece)))
+            frames.append(piece)
+    return Arrivals(tuple(pieces)), np.concatenate(frames)
+
+
+def _pieces(pipe: nova.NOVAPipeline, way: Way, request: dict[str, Any]) -> Iterator[np.ndarray]:
+    if not way.streams:
+        yield pipe(**request, output_type="uint8").frames[0]
+        return
+    stream = pipe.stream(**request, output_type="uint8", overlap_decoding=way.overlaps)
+    yield from (piece.frames[0] for piece in stream)
+
+
+def _difference(frames: np.ndarray, expected: np.ndarray) -> str | None:
+    """What is wrong with frames; None: nothing."""
+    if frames.shape != expected.shape:
+        return f"wrong: frames of shape {frames.shape}, the call's {expected.shape}"
+    levels = int(np.abs(frames.astype(int) - expected.astype(int)).max())
+    if levels > ALLOWED_LEVELS:
+        return f"wrong: differs from the call by {levels} of 256 levels, allowed {ALLOWED_LEVELS}"
+    return None

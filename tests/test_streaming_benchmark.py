@@ -1,0 +1,162 @@
+"""benchmarks/streaming.py: arrival of pixels, what is checked, table, picture, command."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import streaming
+import streaming_runs
+import torch
+from streaming_runs import Arrivals, Way, WayRuns, run_ways, ways
+
+import nova
+
+CPU = torch.device("cpu")
+SMALL_CALL = ["--latents", "3", "--steps", "2", "--diffusion-steps", "2", "--repeats", "1"]
+
+
+def test_ways():
+    names = [way.name for way in ways(CPU, 5)]
+    assert names == ["call", "stream", "call, tiles of 2", "stream, tiles of 2"]
+    assert [way.name for way in ways(CPU, 2)] == ["call", "stream"]
+    on_gpu = ways(torch.device("cuda"), 5)
+    assert [way.overlaps for way in on_gpu] == [False, False, True] * 2
+    # Others are compared with the call of the same tiles, which comes first.
+    assert [way.tile_latents for way in on_gpu if not way.streams] == [5, 2]
+
+
+def test_when_playing_can_start():
+    arrivals = Arrivals(((1.0, 1), (2.0, 4), (4.5, 4)))
+    assert (arrivals.first_s, arrivals.last_s, arrivals.num_frames) == (1.0, 4.5, 9)
+    # At 4 frames a second the second piece is due 0.25 s after the start, the third 1.25 s.
+    assert arrivals.plays_from(4.0) == 3.25
+    assert arrivals.plays_from(0.1) == 1.0  # then all else is there in time
+    assert arrivals.plays_from(1e9) == pytest.approx(4.5)
+
+
+def test_the_median_run():
+    runs = [Arrivals(((seconds, 1),)) for seconds in (3.0, 1.0, 2.0, 9.0)]
+    assert WayRuns(Way("call", False, 5), runs).median.last_s == 2.0
+
+
+@pytest.fixture
+def pipe(tiny_video_folder):
+    return nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+
+
+REQUEST = {
+    "prompt": "a star",
+    "max_latent_length": 3,
+    "num_inference_steps": 2,
+    "num_diffusion_steps": 2,
+    "disable_progress_bar": True,
+}
+
+
+def test_runs(pipe):
+    said = []
+    seen = run_ways(pipe, ways(CPU, 5), REQUEST, repeats=2, say=said.append)
+    assert len(said) == 4 * 3 and said[0].startswith("first run, call: ")
+    for one in seen:
+        assert one.refused is None and len(one.runs) == 2 and one.peak_bytes > 0
+        assert one.median.num_frames == 9
+    call, stream, _, small_tiles = seen
+    assert len(call.median.pieces) == 1
+    # All three latent frames are in one tile of five; tiles of two share a latent frame.
+    assert [frames for _, frames in stream.median.pieces] == [9]
+    assert [frames for _, frames in small_tiles.median.pieces] == [5, 4]
+
+
+def test_wrong_pixels_are_not_timed(pipe, monkeypatch):
+    right = streaming_runs._pieces
+
+    def wrong(pipe, way, request):
+        for piece in right(pipe, way, request):
+            yield piece + np.uint8(3) if way.name == "stream" else piece
+
+    monkeypatch.setattr(streaming_runs, "_pieces", wrong)
+    call, stream = run_ways(pipe, ways(CPU, 2), REQUEST, repeats=1)
+    assert call.refused is None and len(call.runs) == 1
+    assert stream.refused.startswith("wrong: differs from the call by") and not stream.runs
+
+
+def test_missing_frames_are_noticed(pipe, monkeypatch):
+    right = streaming_runs._pieces
+    monkeypatch.setattr(
+        streaming_runs,
+        "_pieces",
+        lambda pipe, way, request: (
+            piece[:-1] if way.streams else piece for piece in right(pipe, way, request)
+        ),
+    )
+    _, stream = run_ways(pipe, ways(CPU, 5)[:2], REQUEST, repeats=1)
+    assert "wrong: frames of shape (8, " in stream.refused
+
+
+def test_what_fails_is_said(pipe):
+    # Decoding beside sampling needs a GPU.
+    overlapped = Way("overlapped", True, 5, overlaps=True)
+    call, failed = run_ways(pipe, [ways(CPU, 5)[0], overlapped], REQUEST, repeats=1)
+    assert call.refused is None
+    assert failed.refused.startswith("failed: DeviceError: overlap_decoding needs a GPU")
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["streaming.py", "--device", "cpu", *arguments])
+    return streaming.main()
+
+
+def test_command(tiny_video_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
+    assert run_command(monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL, *files) == 0
+    printed = capsys.readouterr().out
+    assert "T=3 A=2 D=2" in printed and "stream, tiles of 2" in printed
+    assert "at 12 frames a second" in printed
+    content = json.loads((tmp_path / "s.json").read_text())
+    row = content["rows"][-1]
+    assert row["frames"] == 9 and row["weights"] == "checkpoint" and row["rate"] == 12
+    assert row["first_s"] <= row["plays_from_s"] <= row["latency_s"] == row["arrivals"][-1][0]
+    assert row["fps"] == pytest.approx(9 / row["latency_s"])
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_random_weights(monkeypatch, capsys):
+    assert run_command(monkeypatch, "--geometry", "tiny-video", *SMALL_CALL) == 0
+    assert "tiny-video T=3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rate", "0"], "--rate must be above 0"),
+        (["--rate", "nan"], "--rate must be above 0"),
+        (["--cuda-graphs"], "CUDA graphs need a GPU"),
+        (["--latents", "0"], "num_frames must be at least 1"),
+        (["--geometry", "x"], "no size named 'x'"),
+        (["--geometry", "tiny-class"], "choose a video model"),
+        (["--plot", "x.xyz"], "must end in"),
+    ],
+)
+def test_bad_options(monkeypatch, capsys, tiny_video_folder, arguments, message):
+    if "--geometry" not in arguments:
+        arguments = ["--model", str(tiny_video_folder), *arguments]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(monkeypatch, *arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_is_wrong_fails(tiny_video_folder, monkeypatch, capsys):
+    monkeypatch.setattr(streaming_runs, "_difference", lambda frames, expected: "wrong: so it is")
+    assert run_command(monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL) == 1
+    assert capsys.readouterr().out.count("wrong: so it is") == 4
+
+
+@pytest.mark.gpu
+def test_command_on_a_gpu(tiny_video_folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["streaming.py", "--model", str(tiny_video_folder), *SMALL_CALL]
+    )
+    assert streaming.main() == 0
+    assert "stream, overlapped" in capsys.readouterr().out
