@@ -62,7 +62,7 @@ def _float32_caption(rows: Sequence[Row]) -> str:
         times = [
             row[FLOAT32_ERROR] / errors[_run_of(row)]
             for row in rows
-            if row["sampler"] not in (PLAIN, DIFFNEXT) and _run_of(row) in errors
+            if row["sampler"] not in (PLAIN, DIFFNEXT) and errors.get(_run_of(row))
         ]
         if times:
             caption += f"; at most {max(times):.2f} times that of {peer}"
