@@ -76,8 +76,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     copy = _fastest(lambda: target.copy_(source), device)
     # As layers multiply: torch's `a @ a` in float16 is far slower on a CPU.
     products: list[Callable[[], Any]] = [lambda: F.linear(a, a)]
-    if onednn.is_usable(a):
-        layer = onednn.PackedLinear(a, torch.zeros(side))
+    if onednn.can_pack(a):
+        layer = onednn.PackedLinear(a, a.new_zeros(side))
         products.append(lambda: layer(a))
     product = min(_fastest(call, device) for call in products)
     return Ceilings(2 * side**3 / product, 2 * COPIED_BYTES / copy)

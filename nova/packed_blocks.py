@@ -35,7 +35,7 @@ def _can_pack(block: Block) -> bool:
     if {requested(block.backend), requested(mlp.backend)} != {"auto"}:
         return False
     layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    if not all(is_plain(layer) and onednn.is_usable(layer.weight) for layer in layers):
+    if not all(is_plain(layer) and onednn.can_pack(layer.weight) for layer in layers):
         return False
     # What is attached to the MLP goes with it; a copy would forget that it was compiled.
     return not is_altered(mlp) and not any(module._compiled_call_impl for module in block.modules())

@@ -8,6 +8,7 @@ counts the elements of an image (`use_mkldnn` in ATen/native/Convolution.cpp).
 """
 
 import platform
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,30 @@ def is_usable(weight: Tensor) -> bool:
 
     `torch.backends.mkldnn.enabled = False` turns it off.
     """
+    return weight.dtype == torch.float32 and _is_there(weight.device)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether `PackedLinear` takes this weight: where it `is_usable`, and in bfloat16 too."""
+    dtypes = (torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,)
+    return weight.dtype in dtypes and _is_there(weight.device)
+
+
+def _is_there(device: torch.device) -> bool:
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        device.type == "cpu"
         and platform.machine().lower() in ("x86_64", "amd64")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU (with AVX-512, or better)."""
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is not None and is_supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -50,9 +67,9 @@ class PackedLinear(nn.Module):
     """x @ weight.T + bias, maybe with the exact (erf) GELU of it, without a gradient.
 
     Args:
-        weight: (out, in) that `is_usable`. It is copied, laid out as oneDNN reads it fastest, so
+        weight: (out, in), see `can_pack`. It is copied, laid out as oneDNN reads it fastest, so
             later changes are not seen.
-        bias: (out,).
+        bias: (out,) in the same dtype.
         gelu: whether GELU follows.
     """
 
@@ -63,5 +80,5 @@ class PackedLinear(nn.Module):
         self._activation = _GELU if gelu else _PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) float32 of any strides -> (..., out)."""
+        """(..., in) of any strides, in the dtype of the weight -> (..., out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)

@@ -208,11 +208,36 @@ def test_views_that_negate():
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_run_in_the_reference(dtype):
-    case = inputs((1, 4), passes=2, steps=2, dtype=dtype)
-    expected = run(*case, numbers(2, guidance=3.0), backend="reference")
-    assert torch.equal(run(*case, numbers(2, guidance=3.0), backend="cpp"), expected)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_less_than_by_the_reference(dtype):
+    case = inputs((2, 9), passes=2, steps=4, dtype=dtype)
+    steps = numbers(4, guidance=3.0, noise=0.2)
+    noise = torch.randn(4, *case[0].shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    exact = run(*double(case), steps, noise=noise.double())
+    plain, result, default = (
+        run(*case, steps, backend=backend, noise=noise) for backend in ("reference", "cpp", "auto")
+    )
+    assert result.dtype == dtype and torch.equal(default, result)
+    assert (result - exact).norm() < 0.9 * (plain - exact).norm()
+    # It is packed in float32, anew where weights were changed.
+    weights = case[-1]
+    weights.head[1].add_(1)
+    weights.renew()
+    assert not torch.equal(run(*case, steps, backend="cpp", noise=noise), result)
+
+
+def test_other_dtypes_run_in_the_reference():
+    for case in (
+        inputs((1, 4), passes=2, steps=2, dtype=torch.float64),
+        # The sum of both has the dtype of x, as the op asks; the kernel wants it of each.
+        tuple(
+            tensor.half() if index == 2 else tensor
+            for index, tensor in enumerate(inputs((1, 4), passes=2, steps=2))
+        ),
+    ):
+        expected = run(*case, numbers(2, guidance=3.0), backend="reference")
+        result = run(*case, numbers(2, guidance=3.0), backend="cpp")
+        torch.testing.assert_close(result, expected)
 
 
 def test_where_a_gradient_is_wanted_the_reference_runs():

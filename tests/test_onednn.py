@@ -41,6 +41,22 @@ def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
         assert (result - expected).norm() <= allowed
 
 
+@pytest.mark.skipif(
+    not onednn.can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)),
+    reason="oneDNN has no bfloat16 for this CPU",
+)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_bfloat16_is_rounded_once(gelu):
+    x, weight, bias = (
+        tensor.bfloat16() for tensor in (random(2, 7, 33), random(100, 33, seed=1), random(100))
+    )
+    activation = F.gelu if gelu else lambda y: y
+    expected = activation(F.linear(x.double(), weight.double(), bias.double()))
+    result = PackedLinear(weight, bias, gelu=gelu)(x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-3)
+
+
 @needs_onednn
 def test_strided_inputs_and_weights():
     x, weight, bias = random(6, 5, 4), random(8, 3), random(3)
@@ -104,13 +120,16 @@ def test_whose_convolutions_are_computed(monkeypatch):
         conv.float()(x)
 
 
-@pytest.mark.parametrize(
-    "weight", [torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, device="meta")]
-)
-def test_what_is_not_usable(weight):
-    assert not onednn.is_usable(weight)
+def test_what_is_not_usable(monkeypatch):
+    elsewhere, half = torch.zeros(2, 2, device="meta"), torch.zeros(2, 2, dtype=torch.float16)
+    for check in (onednn.is_usable, onednn.can_pack):
+        assert not check(elsewhere) and not check(half)
+    bfloat16 = torch.zeros(2, 2, dtype=torch.bfloat16)
+    assert not onednn.is_usable(bfloat16)
+    monkeypatch.setattr(onednn, "_has_bfloat16", lambda: False)
+    assert not onednn.can_pack(bfloat16)
 
 
 def test_torchs_switch_turns_it_off(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not onednn.is_usable(torch.zeros(1, 1))
+    assert not onednn.is_usable(torch.zeros(1, 1)) and not onednn.can_pack(torch.zeros(1, 1))

@@ -45,7 +45,7 @@ def test_sampling_packs_and_gives_the_same(config, monkeypatch):
     )
     packed = sample(model)
     assert calls
-    monkeypatch.setattr(onednn, "is_usable", lambda weight: False)
+    monkeypatch.setattr(onednn, "can_pack", lambda weight: False)
     torch.testing.assert_close(packed, sample(model), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
@@ -92,7 +92,7 @@ class Quantised(torch.Tensor):
     """Weights that only their own layer knows to use."""
 
 
-CHANGES = ["hook", "layer", "bias", "forward", "weights", "compiled", "backend", "bfloat16"]
+CHANGES = ["hook", "layer", "bias", "forward", "weights", "compiled", "backend", "float16"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -116,10 +116,10 @@ def test_blocks_that_somebody_changed_stay_as_they_are(change):
     elif change == "backend":
         blocks[0].backend = "reference"
     else:
-        model.bfloat16()
+        model.half()
     packed = packed_blocks(blocks)
     assert packed[0] is blocks[0]
-    assert (packed[1] is blocks[1]) == (change == "bfloat16" or not onednn.is_usable(random(1, 1)))
+    assert (packed[1] is blocks[1]) == (change == "float16" or not onednn.can_pack(random(1, 1)))
 
 
 @needs_onednn

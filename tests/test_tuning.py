@@ -50,7 +50,7 @@ def short(monkeypatch):
 @pytest.fixture(autouse=True)
 def weights_as_they_lie(monkeypatch):
     """As on a GPU; on a CPU sampling may pack them, and then their layout is no choice."""
-    monkeypatch.setattr(onednn, "is_usable", lambda weight: False)
+    monkeypatch.setattr(onednn, "can_pack", lambda weight: False)
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_choices_of_a_model(monkeypatch):
     names = [choice.name for choice in choices_of(model, CPU)]
     assert names[:2] == ["attention", "weights of attn.qkv"]
     assert not any("weights" in c.name for c in choices_of(model, CPU, layouts=False))
-    monkeypatch.setattr(onednn, "is_usable", lambda weight: True)
+    monkeypatch.setattr(onednn, "can_pack", lambda weight: True)
     assert not any("weights" in c.name for c in choices_of(model, CPU))
     for choice in choices_of(model, CPU):
         assert "triton" not in choice.candidates  # interpreted on a CPU

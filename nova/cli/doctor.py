@@ -321,6 +321,9 @@ def _what_runs(torch: Any) -> dict[str, Any]:
     except RuntimeError as error:  # NOVA_KERNELS_BACKEND, or a GPU that is in use
         return {**runs, "ops": {}, "error": str(error)}
     ops = {e.op: e.backend for e in entries if e.default and e.backend != "reference"}
-    if packs and onednn.is_usable(torch.empty(0, dtype=dtype)):
-        ops["linear layers"] = ops["3D convolutions"] = "oneDNN"
+    weight = torch.empty(0, dtype=dtype)
+    if packs and onednn.can_pack(weight):
+        ops["linear layers"] = "oneDNN"
+    if packs and onednn.is_usable(weight):
+        ops["3D convolutions"] = "oneDNN"
     return {**runs, "ops": ops}

@@ -96,7 +96,7 @@ def choices_of(
             frozenset({"triton"} & set(libraries)) - BLOCK_CAUSAL_ATTENTION.verified,
         )
     ]
-    layouts = layouts and not onednn.is_usable(attention[0].qkv.weight)
+    layouts = layouts and not onednn.can_pack(attention[0].qkv.weight)
     for name in LINEAR_LAYERS if layouts else ():
         lay_out = partial(_lay_out, [block.get_submodule(name) for block in blocks])
         choices.append(
