@@ -10,6 +10,7 @@ import torch
 from ceilings import Ceilings
 from fps_gate import TOLERANCES, Agreement, Gate, first_tokens_in_float32
 from fps_memory import SamplerMemory
+from fps_rows import FLOAT32_ERROR
 from fps_samplers import EXACT, PLAIN, STARTING_UP, TUNED
 from fps_stages import stage_seconds
 from fps_text import make_text_encoder, text_seconds
@@ -301,6 +302,6 @@ def _figures(
         "ratio_to_plain": plain_s / latency,
         "share_of_floor": shared["floor_s"] / latency,
         "max_error_vs_plain": runs.agreement.error,
-        "error_vs_float32": runs.agreement.float32_error,
+        FLOAT32_ERROR: runs.agreement.float32_error,
         "peak_memory_bytes": runs.memory.peak_bytes,
     }

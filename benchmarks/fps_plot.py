@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fps_table import workload_name
+from fps_rows import Row, workload_name
 
 from nova.errors import DependencyError, InputError
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 PANEL_SIZE = (5.4, 3.6)  # inches
 DPI = 120
-Row = dict[str, Any]
 
 
 def check_plot(path: Path) -> None:

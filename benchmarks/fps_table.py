@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fps_gate import FLOAT32_SETS
-from fps_samplers import PLAIN
+from fps_rows import FLOAT32_ERROR, Row, float32_errors, has_float32_error, workload_name
 from fps_workloads import RELEASED_VIDEO
-from reference_package import DIFFNEXT
 from rich.console import Console
 from rich.table import Table
 
@@ -15,8 +14,6 @@ PUBLISHED = (
     "Published by the model's authors (arXiv 2412.14169): 2.75 FPS, A100-40G, batch 24. Other "
     "hardware; not measured here."
 )
-FLOAT32_ERROR = "error_vs_float32"
-Row = dict[str, Any]
 
 
 def print_tables(rows: Sequence[Row], facts: dict[str, Any]) -> None:
@@ -41,42 +38,17 @@ def captions(rows: Sequence[Row], facts: dict[str, Any]) -> list[str]:
     tolerances = sorted({row["tolerance"] for row in rows})
     allowed = ", ".join(f"{tolerance:.0e}" for tolerance in tolerances)
     lines.append(f"Latents of all samplers agree with plain's, relative error up to {allowed}.")
-    in_half = [row for row in rows if row.get(FLOAT32_ERROR) is not None]
-    if in_half:
-        lines.append(_float32_caption(in_half))
+    if any(has_float32_error(row) for row in rows):
+        lines.append(
+            f"from float32: error of what the first {FLOAT32_SETS} sets reveal, against plain in "
+            "float32 with the same weights, prompts and noise. This package's samplers: "
+            f"{float32_errors(rows) or 'nothing to compare with'}."
+        )
     if any(row["weights"] == "checkpoint" for row in rows):
         lines.append("With a checkpoint's weights, on random prompts, the first sets are compared.")
     if any(row["geometry"] == RELEASED_VIDEO for row in rows):
         lines.append(PUBLISHED)
     return lines
-
-
-def _float32_caption(rows: Sequence[Row]) -> str:
-    """What the column says, and how large errors are beside plain's and the reference's."""
-    caption = (
-        f"from float32: error of what the first {FLOAT32_SETS} sets reveal, against plain in "
-        "float32 with the same weights, prompts and noise"
-    )
-    for peer in (PLAIN, DIFFNEXT):
-        errors = {_run_of(row): row[FLOAT32_ERROR] for row in rows if row["sampler"] == peer}
-        times = [
-            row[FLOAT32_ERROR] / errors[_run_of(row)]
-            for row in rows
-            if row["sampler"] not in (PLAIN, DIFFNEXT) and errors.get(_run_of(row))
-        ]
-        if times:
-            caption += f"; at most {max(times):.2f} times that of {peer}"
-    return f"{caption}."
-
-
-def _run_of(row: Row) -> tuple[str, int]:
-    return workload_name(row), row["batch"]
-
-
-def workload_name(row: Row) -> str:
-    """Geometry and T, A, D of a row."""
-    numbers = f"T={row['latent_frames']} A={row['steps']} D={row['diffusion_steps']}"
-    return f"{row['geometry']} {numbers}"
 
 
 def _sampler_table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
@@ -85,7 +57,7 @@ def _sampler_table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
     for name in ("geometry", "sets", "batch", "sampler"):
         table.add_column(name)
     names = ("seconds", "spread", "1st frame", "1st run", "frames/s", "with VAE")
-    in_half = any(row.get(FLOAT32_ERROR) is not None for row in rows)
+    in_half = any(has_float32_error(row) for row in rows)
     names += ("x plain", "of floor", "error", *(["from float32"] if in_half else []), "peak MB")
     for name in names:
         table.add_column(name, justify="right")

@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fps_rows import float32_errors
+
 from nova.config import NAMED_CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,12 +91,15 @@ def fps_table(content: dict[str, Any]) -> list[str]:
     counts = sorted({len(row["latencies_s"]) for row in rows})
     runs = " or ".join(str(count) for count in counts)
     error = max(row["max_error_vs_plain"] for row in rows)
+    agreement = f"latents equal to {error:.0e}"
+    if float32_errors(rows):
+        agreement += f"; this package's error against float32 is {float32_errors(rows)}"
     dtype = rows[0]["dtype"]
     return [
         *lines,
         "",
         f"{_machine(content['machine'])}, {dtype}; medians of {runs} runs, in brackets their "
-        f"range, and how many times as fast as plain; latents equal to {error:.0e}. "
+        f"range, and how many times as fast as plain; {agreement}. "
         f"`{content['command']}`",
     ]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from card_facts import card_facts
 from fps_plot import check_plot
-from fps_table import workload_name
+from fps_rows import Row, workload_name
 from fps_text import PROMPT
 from fps_vae import make_vae
 from fps_workloads import RELEASED, Workload, choose_workloads
@@ -32,8 +32,6 @@ from nova.devices import check_device
 from nova.folders import read_configs
 from nova.model import DEFAULT_FPS
 from nova.schedule import FlowMatchConfig
-
-Row = dict[str, Any]
 
 
 def make_pipeline(

@@ -26,9 +26,12 @@ class Guidance:
     image_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not is_finite_number(value):
+        for name, value in dict(vars(self)).items():
+            if value is None:
+                continue
+            if not is_finite_number(value):
                 raise InputError(f"guidance {name} must be a finite number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # NumPy's are taken too
         if self.image_scale < 0:
             raise InputError(f"image_guidance_scale must be 0 or above, got {self.image_scale}")
         if self.image_scale > 0 and self.scale <= 1:

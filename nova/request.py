@@ -101,8 +101,10 @@ class Request:
             if count is None or count < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, count)  # NumPy's are taken too
-        if self.flow_shift is not None and not is_finite_number(self.flow_shift):
-            raise InputError(f"flow_shift must be a finite number, got {self.flow_shift!r}")
+        if self.flow_shift is not None:
+            if not is_finite_number(self.flow_shift):
+                raise InputError(f"flow_shift must be a finite number, got {self.flow_shift!r}")
+            object.__setattr__(self, "flow_shift", float(self.flow_shift))
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise InputError("callback_on_step_end must be a function")
         if self.output_type not in OUTPUT_TYPES:

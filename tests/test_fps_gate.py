@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fps_gate import ALLOWED_TIMES, FLOAT32_SETS, Gate, first_tokens_in_float32
+from fps_rows import float32_errors
 from fps_table import captions, print_tables
 from random_model import RandomModelRun
 from test_fps import CPU, FACTS, TINY, rows_of
@@ -97,15 +98,20 @@ def test_rows_in_half_precision(capsys):
     rows = rows_of(TINY, dtype=torch.bfloat16, stages=False)
     plain, exact = (row["error_vs_float32"] for row in rows)
     assert 1e-3 < plain < 0.1 and exact < ALLOWED_TIMES * plain
-    times = f"at most {exact / plain:.2f} times that of plain."
-    assert any(line.startswith("from float32") and times in line for line in captions(rows, FACTS))
-    reference = {**rows[0], "sampler": "diffnext", "error_vs_float32": exact / 1.5}
-    caption = next(line for line in captions([*rows, reference], FACTS) if "float32" in line)
-    assert caption.endswith("times that of plain; at most 1.50 times that of diffnext.")
+    of_plain = f"{exact / plain:.2f} to {exact / plain:.2f} times that of plain"
+    assert float32_errors(rows) == of_plain
+    peer = {**rows[0], "sampler": "diffnext", "error_vs_float32": exact / 1.5}
+    other = {**rows[1], "sampler": "tuned", "error_vs_float32": 2 * exact}
+    of_both = float32_errors([*rows, peer, other])
+    assert of_both.endswith(" times that of plain, 1.50 to 3.00 times that of diffnext")
+    caption = next(line for line in captions(rows, FACTS) if "float32" in line)
+    assert caption.endswith(f"This package's samplers: {of_plain}.")
     print_tables(rows, FACTS)
     assert f"{exact:.1e}" in capsys.readouterr().out
     # A peer without any error is left out.
-    assert captions([{**row, "error_vs_float32": 0.0} for row in rows], FACTS)
+    assert float32_errors([{**row, "error_vs_float32": 0.0} for row in rows]) == ""
+    refused = [row for row in rows_of(TINY, stages=False) if row.pop("error_vs_float32") is None]
+    assert float32_errors(refused) == ""
     in_float32 = rows_of(TINY, stages=False)
     print_tables(in_float32, FACTS)
     assert "from float32" not in capsys.readouterr().out

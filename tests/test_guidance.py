@@ -1,9 +1,13 @@
 """Guidance: passes, schedules of the scale."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from nova.errors import InputError
 from nova.guidance import Guidance
+from nova.request import Request
 
 
 def test_passes():
@@ -37,3 +41,11 @@ def test_truncation_counts_the_guided_steps():
 def test_wrong_settings(options, message):
     with pytest.raises(InputError, match=message):
         Guidance(**options)
+
+
+def test_numbers_of_numpy_become_pythons():
+    """They are sent to other processes as JSON (nova/tuning/trial.py)."""
+    guidance = Guidance(scale=np.float32(5), min_scale=np.int64(2), trunc=Fraction(1, 2))
+    assert guidance == Guidance(scale=5.0, min_scale=2.0, trunc=0.5)
+    assert {type(value) for value in vars(guidance).values()} == {float}
+    assert type(Request("a", flow_shift=np.float32(3)).flow_shift) is float
