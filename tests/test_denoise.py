@@ -173,7 +173,9 @@ def test_chunks_of_modulations_change_nothing(monkeypatch):
     given, steps = inputs((2, 5), 2, 5), numbers(5, guidance=4.0)
     whole = run(*given, steps, guided_steps=3)
     monkeypatch.setattr(module, "MODULATION_BUDGET", 1)
-    assert torch.equal(run(*given, steps, guided_steps=3), whole)
+    # But how products of other numbers of rows are summed, in some versions of torch.
+    chunked = run(*given, steps, guided_steps=3)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
 
 
 def small_case():

@@ -50,6 +50,8 @@ NORM_EPS = 1e-5
 MODULATION_BUDGET = 256 * 2**20
 # What a launch of the CUDA kernel takes (csrc/arguments.h).
 MAX_STEPS_PER_LAUNCH = 64
+# Asked once: torch.compile cannot trace the question in torch 2.11.
+HAVE_AUTOCAST = {name for name in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(name)}
 # Implementations that take all steps at once, where they take a call.
 WHOLE_LOOPS = ("cuda", "cpp")
 
@@ -234,7 +236,7 @@ def _all_steps(
 def _without_autocast(x: Tensor) -> AbstractContextManager:
     """Products of autocast's dtype would fit neither the tokens nor what kernels read."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in HAVE_AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
