@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fps_samplers import PLAIN
+from fps_samplers import PLAIN, PLAIN_COMPILED
 from reference_package import DIFFNEXT
 
 FLOAT32_ERROR = "error_vs_float32"
+# Samplers that are not this package's.
+PEERS = (PLAIN, PLAIN_COMPILED, DIFFNEXT)
 Row = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def float32_errors(rows: Sequence[Row]) -> str:
         times = [
             row[FLOAT32_ERROR] / errors[_run_of(row)]
             for row in rows
-            if row["sampler"] not in (PLAIN, DIFFNEXT) and errors.get(_run_of(row))
+            if row["sampler"] not in PEERS and errors.get(_run_of(row))
         ]
         if times:
             phrases.append(f"{min(times):.2f} to {max(times):.2f} times that of {peer}")

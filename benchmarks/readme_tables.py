@@ -92,8 +92,9 @@ def fps_table(content: dict[str, Any]) -> list[str]:
     runs = " or ".join(str(count) for count in counts)
     error = max(row["max_error_vs_plain"] for row in rows)
     agreement = f"latents equal to {error:.0e}"
-    if float32_errors(rows):
-        agreement += f"; this package's error against float32 is {float32_errors(rows)}"
+    in_half = float32_errors(rows)
+    if in_half:
+        agreement += f"; this package's error against float32 is {in_half}"
     dtype = rows[0]["dtype"]
     return [
         *lines,

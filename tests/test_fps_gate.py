@@ -102,7 +102,8 @@ def test_rows_in_half_precision(capsys):
     assert float32_errors(rows) == of_plain
     peer = {**rows[0], "sampler": "diffnext", "error_vs_float32": exact / 1.5}
     other = {**rows[1], "sampler": "tuned", "error_vs_float32": 2 * exact}
-    of_both = float32_errors([*rows, peer, other])
+    compiled = {**rows[0], "sampler": "plain, compiled", "error_vs_float32": 9 * exact}
+    of_both = float32_errors([*rows, peer, other, compiled])
     assert of_both.endswith(" times that of plain, 1.50 to 3.00 times that of diffnext")
     caption = next(line for line in captions(rows, FACTS) if "float32" in line)
     assert caption.endswith(f"This package's samplers: {of_plain}.")
