@@ -1,4 +1,4 @@
-"""The gate of fps.py: what a sampler has to agree with before it is timed."""
+"""The gate of fps.py: what a sampler has to agree with for its times to count."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Runs of the samplers of one workload: first held against the plain one, then timed."""
+"""Runs of the samplers of one workload, timed, and held against the plain one."""
 
 import statistics
 import time
@@ -33,8 +33,8 @@ class SamplerRuns:
         latencies, first_frames: seconds of the timed runs, and those until their first frame.
         first_run_s: of the first run, with whatever starts up in it.
         memory: what it takes.
-        agreement: of its latents with others; None: it gave none.
-        refused: why it was not timed; None: it was right.
+        agreement: of its latents with others, of the run that was furthest off; None: it gave none.
+        refused: why its times do not count; None: all its runs were right.
     """
 
     memory: SamplerMemory
@@ -43,6 +43,13 @@ class SamplerRuns:
     first_run_s: float = 0.0
     agreement: Agreement | None = None
     refused: str | None = None
+
+    def add(self, agreement: Agreement) -> None:
+        """Take note of how far a run's latents are off."""
+        self.refused = agreement.refused
+        # NaN counts as further off than any number.
+        if self.agreement is None or not agreement.error <= self.agreement.error:
+            self.agreement = agreement
 
 
 def timed_run(
@@ -78,11 +85,12 @@ def run_samplers(
     """All samplers of a run.
 
     The first run of each is the gate: a sampler that fails, as for lack of memory, or whose latents
-    differ is not timed. Then they take turns.
+    differ is not timed. Then they take turns, and what they give is held to the same: graphs are
+    recorded in the first run, and replayed in the timed ones alone.
 
     Args:
         samplers: by name; plain, which the others are compared with, comes first.
-        gate: what their first latents have to pass.
+        gate: what their latents have to pass.
         warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
             that compile or record in it.
         seconds: no third or later turn begins after so many.
@@ -103,8 +111,7 @@ def run_samplers(
             say(f"{name}: {runs.refused}")
             continue
         say(f"{name}: first run {runs.first_run_s:.3g} s")
-        runs.agreement = gate.check(latents)
-        runs.refused = runs.agreement.refused
+        runs.add(gate.check(latents))
         if runs.refused is None and not warm_up and name not in STARTING_UP:
             runs.latencies.append(runs.first_run_s)
             runs.first_frames.append(first_frame)
@@ -117,12 +124,13 @@ def run_samplers(
         for name, runs in timed:
             try:
                 with runs.memory.run():
-                    _, latency, first_frame = timed_run(run, samplers[name], device)
+                    latents, latency, first_frame = timed_run(run, samplers[name], device)
             except Exception as error:
                 if name == PLAIN:
                     raise
                 runs.refused = _reason(error)
                 continue
+            runs.add(gate.check(latents))
             runs.latencies.append(latency)
             runs.first_frames.append(first_frame)
         if timed:

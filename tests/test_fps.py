@@ -35,7 +35,7 @@ from fps_vae import IMAGE_VAE, decode_seconds, make_vae
 from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
 from random_model import RandomModelRun
 from shared_weights import share_weights
-from small_models import repeating_graphs, small_model
+from small_models import Repeated, repeating_graphs, small_model
 
 from nova.engine import SamplingGraphs
 from nova.errors import ConfigError, InputError
@@ -148,6 +148,30 @@ def test_what_is_wrong_is_not_timed():
     assert seen["broken"].refused == "failed: RuntimeError: no C compiler"
     assert not seen["wrong"].latencies and not seen["greedy"].latencies
     assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
+
+
+class OverwrittenGraphs(Repeated):
+    """What is recorded is right when it is checked, and wrong in later replays."""
+
+    replays = 0
+
+    def replay(self):
+        super().replay()
+        self.replays += 1
+        if self.replays > 1:
+            self.output.zero_()
+
+
+def test_wrong_replays_are_refused(monkeypatch):
+    """In its only frame the first run records; all that it gives was computed as usual."""
+    wrong = partial(SamplingGraphs, make_recorder=lambda: OverwrittenGraphs)
+    monkeypatch.setattr("fps_samplers.SamplingGraphs", wrong)
+    samplers = make_samplers(torch.device("cuda"))
+    rows = rows_of(replace(TINY, num_frames=1), samplers, stages=False)
+    assert [row["sampler"] for row in rows] == [PLAIN, EXACT, GRAPHS]
+    plain, exact, graphs = rows
+    assert graphs["refused"].startswith("wrong: differs from plain by") and "fps" not in graphs
+    assert "refused" not in plain and "refused" not in exact
 
 
 def test_memory_that_other_samplers_keep_does_not_count(monkeypatch):
@@ -564,6 +588,7 @@ def test_a_backend_that_cannot_run_is_a_bad_option(monkeypatch, capsys, backend)
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_command_on_a_gpu(tmp_path, monkeypatch):
     file = tmp_path / "fps.json"
     command = "fps.py --geometry tiny-video --batch 1 --steps 4 --repeats 1 --dtype float32"

@@ -1,4 +1,4 @@
-"""benchmarks/fps_gate.py: what a sampler has to agree with before fps.py times it."""
+"""benchmarks/fps_gate.py: what a sampler has to agree with for its times to count."""
 
 import pytest
 import torch
