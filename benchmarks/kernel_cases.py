@@ -66,9 +66,10 @@ def kernel_cases() -> list[KernelCase]:
 
 
 def randn(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal numbers, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    """Normal numbers, the same in every call."""
+    # Drawn on the device: large cases would take a CPU seconds each time.
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
 
 
 def residual_norm(rows: int, width: int) -> KernelCase:

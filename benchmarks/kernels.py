@@ -28,6 +28,7 @@ from nova.attention_libraries import flash_attn_version
 from nova_kernels.errors import BackendError, in_a_line
 
 BACKENDS = ("reference", "triton", "cuda")
+BY_TORCH_COMPILE = ("torch.compile", "FlexAttention")
 DIRECTIONS = ("forward", "backward")
 # Bytes and half-precision operations a second, of the cards' data sheets (80 GB A100, SXM H200).
 DATA_SHEETS = {"A100": (2.039e12, 312e12), "H200": (4.8e12, 989e12)}
@@ -87,13 +88,14 @@ def print_floors(rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
     Console(width=130).print(table)
 
 
-def implementations(case: KernelCase) -> dict[str, Any]:
-    """Everything that computes a case, by name."""
+def implementations(case: KernelCase, *, compiled: bool = True) -> dict[str, Any]:
+    """Everything that computes a case, by name; if `compiled`, what torch.compile makes too."""
     written = import_module(f"nova_kernels.ops.{case.op}").OP.implementations
     names = [name for name in BACKENDS if name in ("reference", *written)]
     ours = {name: lambda *t, name=name: case.run(name, *t) for name in names}
-    compiled = {"torch.compile": torch.compile(ours["reference"])} if case.is_compiled else {}
-    return {**ours, **compiled, **case.peers}
+    by_compiler = {"torch.compile": torch.compile(ours["reference"])} if case.is_compiled else {}
+    calls = {**ours, **by_compiler, **case.peers}
+    return {name: calls[name] for name in calls if compiled or name not in BY_TORCH_COMPILE}
 
 
 def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
@@ -101,8 +103,9 @@ def outputs(call: Any, inputs: list[Tensor], backward: bool) -> list[Tensor]:
     result = call(*inputs)
     if not backward:
         return [result]
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(result.shape, generator=generator).to(result)
+    generator = torch.Generator(result.device).manual_seed(1)
+    # The same numbers for all dtypes.
+    grad = torch.randn(result.shape, generator=generator, device=result.device).to(result)
     leaves = [t for t in inputs if t.requires_grad]
     # Kept, since torch.compile makes a backward pass that can be repeated, as `time_of` does, only
     # if the graph is kept when it first runs.
@@ -119,6 +122,8 @@ def gate(
     exact_inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     exact = outputs(calls["reference"], exact_inputs, backward)
     by_torch = outputs(calls["reference"], inputs, backward)
+    torch_errors = [relative_error(*pair) for pair in zip(by_torch, exact, strict=True)]
+    del by_torch
     refused = {}
     for name, call in calls.items():
         try:
@@ -130,8 +135,8 @@ def gate(
             verdict = "wrong" if name in BACKENDS else "failed"
             refused[name] = f"{verdict}: {in_a_line(error)}"
             continue
-        for result, plain, right in zip(results, by_torch, exact, strict=True):
-            error, of_torch = relative_error(result, right), relative_error(plain, right)
+        for result, right, of_torch in zip(results, exact, torch_errors, strict=True):
+            error = relative_error(result, right)
             if not error <= ALLOWED * of_torch + FLOOR[dtype]:
                 refused[name] = f"wrong: error {error:.1e}, torch's is {of_torch:.1e}"
     return refused
@@ -151,16 +156,21 @@ def milliseconds(call: Any) -> float:
     """Median time of a call on the GPU, caches flushed before each."""
     from triton.testing import do_bench
 
-    return statistics.median(do_bench(call, warmup=50, rep=200, return_mode="all"))
+    return statistics.median(do_bench(call, warmup=25, rep=100, return_mode="all"))
 
 
 def measure(
-    case: KernelCase, device: torch.device, dtype: torch.dtype, limits: Ceilings
+    case: KernelCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: Ceilings,
+    *,
+    compiled: bool = True,
 ) -> list[dict[str, Any]]:
     """Rows of all implementations of a case that are right."""
     # Else torch compiles later cases for any shape, and after some of them not at all.
     torch.compiler.reset()
-    calls = implementations(case)
+    calls = implementations(case, compiled=compiled)
     refused = gate(case, calls, device, dtype)
     rows = [
         {"op": case.op, "shape": case.shape, "implementation": name, "refused": reason}
@@ -228,6 +238,12 @@ def main() -> int:
     names = sorted({case.op for case in kernel_cases()})
     parser.add_argument("--op", choices=names, help="only this one")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also what torch.compile makes, FlexAttention too; it takes minutes",
+    )
     parser.add_argument("--compile-report", action="store_true", help="compile, measure nothing")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
@@ -246,7 +262,7 @@ def main() -> int:
         facts["flash_attn"] = flash_attn_version()
         rows = []
         for case in cases:
-            rows += measure(case, device, dtype, limits)
+            rows += measure(case, device, dtype, limits, compiled=arguments.compile)
             if arguments.json:  # what there is, in case that a later one does not end well
                 write_rows(arguments.json, "kernels.py", facts, rows)
         print_times(rows, facts)

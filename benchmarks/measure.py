@@ -125,6 +125,6 @@ def write_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[s
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """||a - b|| / ||b||, in float64."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    """||a - b|| / ||b||, in float64, where `a` is."""
+    a, b = a.detach().double(), b.detach().to(a.device, torch.float64)
     return float((a - b).norm() / b.norm())

@@ -8,7 +8,7 @@
 # stays; SLOWER=3 gives three times as long. What fails is said at the end; the rest is run all the same.
 out=${1:?name a folder for the results}
 shift
-steps=${*:-build ops op_tests gpu_tests batch1 batch4 batch24 kernels denoise profile roofline}
+steps=${*:-build op_tests gpu_tests batch1 batch4 batch24 kernels denoise profile roofline}
 python=${PYTHON:-python3}
 failed=
 mkdir -p "$out"
@@ -35,28 +35,32 @@ fps() {
         --json "$out/fps_$name.json" --plot "$out/fps_$name.png"
 }
 
-step 70 build "$python" -m pip install --no-build-isolation -e '.[test]'
-step 25 ops "$python" -m nova_kernels
-step 90 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
+step 50 build "$python" -m pip install --no-build-isolation -e '.[test]'
+step 100 op_tests "$python" -m pytest -q -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
     tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
     tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py \
     tests/test_backends.py
-# Those of media files use no GPU, and cannot be collected without PyAV.
-step 60 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m gpu --ignore tests/test_media.py tests
-# Of each video the first latent frames alone: all of them take the plain sampler minutes.
-fps 115 batch1 --batch 1 --run-latents 2 --repeats 2 --progress
-fps 50 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
+# Those of media files use no GPU, and cannot be collected without PyAV. Slow ones are commands that
+# are steps of their own.
+step 80 gpu_tests "$python" -m pytest -q -n 4 --dist loadfile -m 'gpu and not slow' --ignore tests/test_media.py tests
+# Of each video the first latent frames alone: all of them take the plain sampler minutes, and
+# torch.compile takes some as well.
+fps 100 batch1 --batch 1 --run-latents 2 --repeats 2 --no-compile --progress
+fps 40 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-stages
 # Of so large a batch one timed run, behind the one that is checked.
-fps 70 batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --no-tune
-step 50 kernels "$python" benchmarks/kernels.py --json "$out/kernels.json"
+fps 90 batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --no-tune
+step 70 kernels "$python" benchmarks/kernels.py --no-compile --json "$out/kernels.json"
 step 30 denoise "$python" benchmarks/denoise.py --json "$out/denoise.json"
 step 20 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 10 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
-# By name alone: when pixels of a stream are there, batch 24 by torch.compile, whole videos with text
-# encoder and VAE, and other backends of the ops.
+# By name alone: what users are told of their card (one process compiles all kernels for it), when
+# pixels of a stream are there, what torch.compile makes of sampling and of the ops, whole videos with
+# text encoder and VAE, and other backends of the ops.
+step 150 ops "$python" -m nova_kernels
 step 120 streaming "$python" benchmarks/streaming.py --json "$out/streaming.json" \
     --plot "$out/streaming.png"
-fps 200 compiled --batch 24 --run-latents 1 --repeats 2 --compile --no-tune --no-stages
+fps 300 compiled --batch 1 24 --run-latents 1 --repeats 1 --compile --no-tune --no-stages
+step 200 compiled_ops "$python" benchmarks/kernels.py --json "$out/kernels_compiled.json"
 fps 600 video --batch 1 --run-latents 9 --text --vae --repeats 2
 for backend in triton cuda; do
     fps 90 "$backend" --batch 1 --run-latents 2 --repeats 2 --no-compile --backend "$backend"

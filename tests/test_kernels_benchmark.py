@@ -92,10 +92,14 @@ def test_torch_compile_is_timed_as_such(monkeypatch):
 
 def test_only_what_is_written_is_tried():
     def names(case):
-        return kernels.implementations(case).keys() - {"torch.compile"}
+        return kernels.implementations(case, compiled=False).keys()
 
     assert names(kernel_cases.residual_norm(6, 8)) == {"reference", "triton", "cuda"}
     assert names(kernel_cases.rope3d(2, 8, 2, 32)) == {"reference", "triton"}
+    attention = kernel_cases.attention("one clip", [4, 2], heads=2, head_dim=32, batch=1)
+    assert names(attention) >= {"reference", "triton", "SDPA with a mask"}
+    added = kernels.implementations(attention).keys() - names(attention)
+    assert added == {"torch.compile", "FlexAttention"}
 
 
 def test_a_peer_that_fails_is_left_out(monkeypatch):
@@ -111,6 +115,7 @@ def test_a_peer_that_fails_is_left_out(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_all_ops_are_right_and_timed(tmp_path):
     result = run("--json", tmp_path / "times.json")
     assert result.returncode == 0, result.stdout + result.stderr
