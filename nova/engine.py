@@ -5,7 +5,7 @@ give the same. Where it does not, or where recording fails, a warning says so on
 sampling is computed as usual from then on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .conditioning import Conditioning
 from .graph_cache import GraphCache
@@ -25,17 +25,16 @@ class SamplingGraphs:
     backends of the ops and the addresses of the weights. Another kind drops them.
 
     Args:
-        make_recorder: makes what records; CUDA graphs of one memory pool by default.
+        record: records work; by default into CUDA graphs of one memory pool.
 
     Attributes:
         sets, frames: graphs of the steps of the set loop, and of the video encoder's passes.
     """
 
-    def __init__(self, make_recorder: Callable[[], Recorder] = CUDARecorder):
-        self._make_recorder = make_recorder
-        self._record: Recorder | None = None
-        self.sets: GraphCache[RecordedSteps] = GraphCache("set loop", self._recorder)
-        self.frames: GraphCache[RecordedContext] = GraphCache("video encoder", self._recorder)
+    def __init__(self, record: Recorder | None = None):
+        record = CUDARecorder() if record is None else record
+        self.sets: GraphCache[RecordedSteps] = GraphCache("set loop", record)
+        self.frames: GraphCache[RecordedContext] = GraphCache("video encoder", record)
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -52,7 +51,6 @@ class SamplingGraphs:
         """Drop all graphs and their memory; failures are forgotten too."""
         self.sets.clear()
         self.frames.clear()
-        self._record = None
 
     def steps(self, steps: SetSteps, set_sizes: Sequence[int]) -> SetSteps:
         """The steps of a run with these sets, recorded or to be recorded."""
@@ -67,8 +65,3 @@ class SamplingGraphs:
     ) -> VideoContext:
         """The frame loop's state in a run, its passes recorded or to be recorded."""
         return graphed_context(self.frames, model, conditioning, guidance, num_frames)
-
-    def _recorder(self) -> Recorder:
-        if self._record is None:
-            self._record = self._make_recorder()
-        return self._record

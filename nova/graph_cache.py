@@ -20,16 +20,16 @@ class GraphCache(Generic[Recorded]):
 
     Args:
         name: of the part, for messages.
-        recorder: gives what records, when it is first needed.
+        record: what records.
 
     Attributes:
         name: as given.
         failure: why it is no longer recorded; None as long as it is.
     """
 
-    def __init__(self, name: str, recorder: Callable[[], Recorder]):
+    def __init__(self, name: str, record: Recorder):
         self.failure: str | None = None
-        self.name, self._recorder = name, recorder
+        self.name, self._record = name, record
         self._key: Hashable = None
         self._recorded: Recorded | None = None
 
@@ -42,7 +42,7 @@ class GraphCache(Generic[Recorded]):
         if self._recorded is None or key != self._key:
             # The old ones go first: there may not be memory for both.
             self._recorded = None
-            self._recorded = make(self._recorder())
+            self._recorded = make(self._record)
             self._key = key
         return self._recorded
 

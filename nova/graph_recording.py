@@ -1,5 +1,6 @@
 """Work recorded once and replayed: CUDA graphs, and the check that replays do the same."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,7 +57,13 @@ class CUDAGraphRecording:
             stream=_capture_stream(device),
             capture_error_mode="thread_local",
         )
-        with _CAPTURE, _undone_if_failed(device, pool), _own_cublas_workspaces(), capture:
+        with (
+            _CAPTURE,
+            _no_garbage_collection(),
+            _undone_if_failed(device, pool),
+            _own_cublas_workspaces(),
+            capture,
+        ):
             self.output = work()
 
     def replay(self) -> None:
@@ -83,6 +90,21 @@ class CUDARecorder:
 def _capture_stream(device: int) -> torch.cuda.Stream:
     """One a GPU, since torch's own is of a single GPU."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Leave cycles where they are until the capture inside has ended.
+
+    A graph that goes meanwhile breaks it off (https://github.com/pytorch/pytorch/pull/161037).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ over the prompt and the given frames. Keys and values stay where the graphs were
 
 from collections.abc import Hashable
 from dataclasses import replace
+from weakref import ref
 
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class RecordedContext(VideoContext):
         kept = replace(conditioning, tokens=conditioning.tokens.clone())
         super().__init__(model, kept, guidance, num_frames)
         self.in_use = False
-        self._cache, self._record = cache, record
+        # The cache refers to this: in a cycle, graphs and their memory would stay for a while.
+        self._cache_ref, self._record = ref(cache), record
         self._weights = weights_key(model)
         self._recordings: dict[tuple[int, int], tuple[Tensor | None, Recording]] = {}
 
@@ -57,7 +59,8 @@ class RecordedContext(VideoContext):
         self.in_use = False
 
     def _read(self, latents: Tensor | None, start: int, stop: int) -> Tensor:
-        if self._cache.failure is not None or self._changed():
+        cache = self._cache_ref()
+        if cache is None or cache.failure is not None or self._changed():
             return super()._read(latents, start, stop)
         if (start, stop) in self._recordings:
             kept, recording = self._recordings[start, stop]
@@ -75,7 +78,7 @@ class RecordedContext(VideoContext):
             self._recordings[start, stop] = kept, record_checked(work, cond, self._record)
             return cond
         except RecordingError as error:
-            self._cache.give_up(str(error))
+            cache.give_up(str(error))
         # Only here is the error gone, whose traceback refers to the attempt's memory.
         self._recordings.clear()
         # A wrong replay may have left wrong keys and values.

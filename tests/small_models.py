@@ -93,4 +93,4 @@ class Repeated:
 
 def repeating_graphs() -> SamplingGraphs:
     """Graphs of a stand-in that needs no GPU."""
-    return SamplingGraphs(lambda: Repeated)
+    return SamplingGraphs(Repeated)

@@ -60,20 +60,14 @@ def test_weights_that_change_in_place_are_followed():
     assert torch.equal(result, sample(model)) and not torch.equal(result, before)
 
 
-def count_recordings(graphs):
-    """How often the graphs given were recorded, as a list that grows."""
+def counted_graphs():
+    """Graphs of a stand-in, and what was recorded as a list that grows."""
     made = []
-
-    def make_recorder():
-        return lambda work: made.append(work) or Repeated(work)
-
-    graphs._make_recorder = make_recorder
-    return made
+    return SamplingGraphs(lambda work: made.append(work) or Repeated(work)), made
 
 
 def test_another_kind_of_run_is_recorded_anew():
-    model, graphs = small_model(), repeating_graphs()
-    made = count_recordings(graphs)
+    model, (graphs, made) = small_model(), counted_graphs()
     sample(model, graphs=graphs)
     sample(model, graphs=graphs)
     assert len(made) == 7
@@ -88,8 +82,7 @@ def test_another_kind_of_run_is_recorded_anew():
 
 
 def test_another_layout_at_the_same_address_is_recorded_anew():
-    model, graphs = small_model(), repeating_graphs()
-    made = count_recordings(graphs)
+    model, (graphs, made) = small_model(), counted_graphs()
     sample(model, graphs=graphs)
     weight = model.image_encoder.blocks[0].attn.proj.weight
     before, weight.data = weight.data_ptr(), weight.data.t()  # it is square
@@ -98,16 +91,14 @@ def test_another_layout_at_the_same_address_is_recorded_anew():
 
 
 def test_another_backend_is_recorded_anew(monkeypatch):
-    model, graphs = small_model(), repeating_graphs()
-    made = count_recordings(graphs)
+    model, (graphs, made) = small_model(), counted_graphs()
     sample(model, graphs=graphs)
     monkeypatch.setenv("NOVA_KERNELS_BACKEND", "reference")
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and len(made) == 14
 
 
 def test_blocks_that_were_compiled_are_recorded_anew():
-    model, graphs = small_model(), repeating_graphs()
-    made = count_recordings(graphs)
+    model, (graphs, made) = small_model(), counted_graphs()
     expected = sample(model, graphs=graphs)
     model.compile_blocks(backend="eager")
     # Compiled blocks are not packed for a CPU, so that rounding differs.
@@ -221,13 +212,10 @@ def test_latents_that_a_callback_replaces():
 
 
 def test_where_recording_fails_sampling_goes_on():
-    def make_recorder():
-        def record(work):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+    def record(work):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        return record
-
-    model, graphs = small_model(), SamplingGraphs(make_recorder)
+    model, graphs = small_model(), SamplingGraphs(record)
     with pytest.warns(UserWarning, match="recording failed: CUDA error: operation not permitted"):
         result = sample(model, graphs=graphs)
     assert torch.equal(result, sample(model))
@@ -249,7 +237,7 @@ class Wrong(Repeated):
 
 
 def test_replays_that_differ_are_not_used():
-    model, graphs = small_model(), SamplingGraphs(lambda: Wrong)
+    model, graphs = small_model(), SamplingGraphs(Wrong)
     with pytest.warns(UserWarning, match="a replay differed from the work by up to 1"):
         result = sample(model, graphs=graphs)
     assert torch.equal(result, sample(model))
@@ -288,51 +276,46 @@ def test_what_a_failed_recording_left_is_freed_before_sampling_goes_on(part, mon
     count("encode_image")
     count("encode_video")
     with pytest.warns(UserWarning, match="out of memory"):
-        assert torch.equal(sample(model, graphs=SamplingGraphs(lambda: record)), expected)
+        assert torch.equal(sample(model, graphs=SamplingGraphs(record)), expected)
     assert left
 
 
 def test_graphs_that_a_callback_drops_after_a_failure():
-    def make_recorder():
-        def record(work):
-            raise RuntimeError("out of memory")
+    def record(work):
+        raise RuntimeError("out of memory")
 
-        return record
-
-    model, graphs = small_model(), SamplingGraphs(make_recorder)
+    model, graphs = small_model(), SamplingGraphs(record)
     with pytest.warns(UserWarning, match="out of memory"):
         result = sample(model, graphs=graphs, on_set_end=lambda step: graphs.clear())
     assert torch.equal(result, sample(model))
+
+
+class Still:
+    """A graph that does nothing, and as a graph does not know its work."""
+
+    def __init__(self, work):
+        self.output = work().clone()
+
+    def replay(self):
+        pass
 
 
 @pytest.mark.parametrize("part", ["sets", "frames"])
 def test_graphs_of_a_part_that_fails_are_freed_at_once(part):
     recordings = []
 
-    def make_recorder():
-        def record(work):
-            if sum(ref() is not None for ref in recordings) == 4:
-                raise RuntimeError("out of memory")
-            recording = Still(work)
-            recordings.append(weakref.ref(recording))
-            return recording
-
-        return record
-
-    class Still:
-        """A graph that does nothing, and as a graph does not know its work."""
-
-        def __init__(self, work):
-            self.output = work().clone()
-
-        def replay(self):
-            pass
+    def record(work):
+        if sum(ref() is not None for ref in recordings) == 4:
+            raise RuntimeError("out of memory")
+        recording = Still(work)
+        recordings.append(weakref.ref(recording))
+        return recording
 
     def count_alive(step):
         if graphs.failure is not None:
             alive.append(sum(ref() is not None for ref in recordings))
 
-    model, graphs, alive = small_model(), SamplingGraphs(make_recorder), []
+    model, graphs, alive = small_model(), SamplingGraphs(record), []
     other = graphs.frames if part == "sets" else graphs.sets
     other.failure = "for this test"
     gc.disable()  # it would come, but at its own time
@@ -344,6 +327,25 @@ def test_graphs_of_a_part_that_fails_are_freed_at_once(part):
     finally:
         gc.enable()
     assert len(recordings) == 4 and alive[-1] == 0
+
+
+def test_graphs_are_freed_with_what_keeps_them():
+    recordings = weakref.WeakSet()
+
+    def record(work):
+        recording = Still(work)
+        recordings.add(recording)
+        return recording
+
+    model, graphs = small_model(), SamplingGraphs(record)
+    gc.disable()  # it would come, but at its own time
+    try:
+        sample(model, graphs=graphs)
+        assert len(recordings) == len(graphs) > 0
+        del graphs
+        assert not recordings
+    finally:
+        gc.enable()
 
 
 def test_one_part_may_fail_alone():

@@ -164,7 +164,7 @@ class OverwrittenGraphs(Repeated):
 
 def test_wrong_replays_are_refused(monkeypatch):
     """In its only frame the first run records; all that it gives was computed as usual."""
-    wrong = partial(SamplingGraphs, make_recorder=lambda: OverwrittenGraphs)
+    wrong = partial(SamplingGraphs, record=OverwrittenGraphs)
     monkeypatch.setattr("fps_samplers.SamplingGraphs", wrong)
     samplers = make_samplers(torch.device("cuda"))
     rows = rows_of(replace(TINY, num_frames=1), samplers, stages=False)
@@ -277,7 +277,7 @@ def no_recording(work):
 def test_what_is_not_recorded_does_not_pass_for_graphs(monkeypatch, tmp_path, capsys):
     """Sampling goes on without graphs then, and gives what is right."""
     monkeypatch.setenv("NOVA_CACHE", str(tmp_path))
-    unrecorded = partial(SamplingGraphs, make_recorder=lambda: no_recording)
+    unrecorded = partial(SamplingGraphs, record=no_recording)
     monkeypatch.setattr("fps_samplers.SamplingGraphs", unrecorded)
     rows = rows_of(samplers=make_samplers(torch.device("cuda"), tuned=True))
     plain, exact, graphs, tuned = rows

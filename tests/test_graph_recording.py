@@ -1,6 +1,7 @@
 """Captures of CUDA graphs. Without a GPU, a stand-in does what torch.cuda does around them."""
 
 import contextlib
+import gc
 import threading
 import time
 from collections import Counter
@@ -110,6 +111,35 @@ def test_graphs_share_a_pool_while_there_are_any(cuda):
     del second, third
     record(lambda: torch.ones(1))
     assert cuda.pools == 2
+
+
+class Cycle:
+    """A graph, say, that refers to itself, so that the garbage collector alone frees it."""
+
+    def __init__(self, freed):
+        self.itself, self.freed = self, freed
+
+    def __del__(self):
+        self.freed.append(self)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_graph_is_freed_inside_a_capture(cuda, fails):
+    freed, freed_inside = [], []
+
+    def work():
+        for _ in range(3 * sum(gc.get_threshold())):
+            Cycle(freed)
+        freed_inside.extend(freed)
+        if fails:
+            raise RuntimeError("operation not permitted")
+        return torch.ones(1)
+
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        CUDARecorder()(work)
+    assert not freed_inside and gc.isenabled()
+    gc.collect()
+    assert freed
 
 
 def test_graphs_use_workspaces_of_their_own_pool(cuda):

@@ -425,7 +425,7 @@ def test_graphs_are_freed_at_once(tiny_video_folder, drop):
         def replay(self):
             pass
 
-    other.graphs = SamplingGraphs(lambda: Recorded)
+    other.graphs = SamplingGraphs(Recorded)
     latents_of(other)
     assert len(recordings) == len(other.graphs) > 0
     gc.disable()  # it would come, but at its own time

@@ -9,8 +9,8 @@ import pytest
 import torch
 from kernel_testing import DEVICE
 from reference_stand_in import StandInPipeline
-from small_models import SMALL, SMALL_ROTARY, repeating_graphs, sample, small_model, small_prompts
-from test_engine import count_recordings
+from small_models import SMALL, SMALL_ROTARY, sample, small_model, small_prompts
+from test_engine import counted_graphs
 from torch import nn
 from typer.testing import CliRunner
 
@@ -271,8 +271,7 @@ def test_together():
 
 
 def test_another_library_or_layout_is_recorded_anew():
-    model, graphs = small_model(), repeating_graphs()
-    made = count_recordings(graphs)
+    model, (graphs, made) = small_model(), counted_graphs()
     sample(model, graphs=graphs)
     for choice in choices_of(model, CPU)[:2]:
         before = len(made)
