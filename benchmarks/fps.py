@@ -15,12 +15,14 @@ what is measured.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from card_facts import card_facts
 from ceilings import measure_ceilings
 from fps_measure import measure
 from fps_plot import check_plot, plot
+from fps_rows import Row
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
@@ -72,6 +74,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Results:
+    """All rows, in the file as soon as they are there: what comes later may not end well.
+
+    Args:
+        path: of the results file; None: there is none.
+        facts: of the machine.
+
+    Attributes:
+        rows: of batch sizes that are finished.
+    """
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]):
+        self.rows: list[Row] = []
+        self._of_batch: list[Row] = []
+        self._path, self._facts = path, facts
+
+    def keep(self, rows: list[Row]) -> None:
+        """These are the rows of the batch size at hand so far."""
+        self._of_batch = rows
+        if self._path is not None:
+            write_rows(self._path, "fps.py", self._facts, self.rows + rows)
+
+    def finish_batch(self) -> None:
+        """What comes is of another batch size."""
+        self.rows, self._of_batch = self.rows + self._of_batch, []
+
+
 def main() -> int:
     parser = build_parser()
     arguments = parser.parse_args()
@@ -113,7 +142,7 @@ def main() -> int:
     ceilings = measure_ceilings(device, dtype)
     # Right after the products, so that clocks are those of work.
     facts = machine(device) | card_facts(device) | ceilings.facts()
-    rows = []
+    results = Results(arguments.json, facts)
     for workload in workloads:
         for batch in workload.batches:
             print(f"sampling {workload.geometry}, batch {batch} ...", file=sys.stderr, flush=True)
@@ -126,7 +155,7 @@ def main() -> int:
                 against_diffnext=arguments.against == DIFFNEXT,
             )
             try:
-                measured = measure(
+                measure(
                     workload,
                     batch,
                     samplers,
@@ -137,18 +166,17 @@ def main() -> int:
                     stages=arguments.stages,
                     seconds=seconds,
                     say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+                    keep=results.keep,
                 )
             except (NovaError, BackendError) as error:
                 parser.error(str(error))
             except torch.OutOfMemoryError:
                 print("not enough memory", file=sys.stderr, flush=True)
-                measured = []
-            rows += measured
+            results.finish_batch()
             # The graphs and their models, which would count as memory of the next samplers.
             del samplers
             free_memory(device)
-            if arguments.json:  # what there is, in case that a later one does not end well
-                write_rows(arguments.json, "fps.py", facts, rows)
+    rows = results.rows
     if not rows:
         return 1
     print_tables(rows, facts)

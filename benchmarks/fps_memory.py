@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from measure import allocated_bytes, peak_memory_bytes, reset_peak_memory
+from measure import PeakBytes, held_bytes
 from torch import device as Device
 
 
@@ -26,12 +26,11 @@ class SamplerMemory:
     @contextmanager
     def run(self) -> Iterator[None]:
         """A run of the sampler happens inside."""
-        before = allocated_bytes(self._device)
+        before = held_bytes(self._device)
         of_others = before - self._shared_bytes - self._kept_bytes
-        reset_peak_memory(self._device)
+        peak = PeakBytes(self._device)
         try:
             yield
         finally:
-            peak = peak_memory_bytes(self._device) - of_others
-            self.peak_bytes = max(self.peak_bytes, peak)
-            self._kept_bytes += allocated_bytes(self._device) - before
+            self.peak_bytes = max(self.peak_bytes, peak.read() - of_others)
+            self._kept_bytes += held_bytes(self._device) - before

@@ -1,17 +1,20 @@
 """What every benchmark does alike: time, peak memory, the machine it ran on, results files."""
 
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nova.devices import PeakMemory, idle_graph_bytes
 from nova.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,26 +34,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak: of the GPU's allocations, or of this process on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets VmHWM
-    except OSError:
-        pass  # the peak then is that of the process so far
+def held_bytes(device: torch.device) -> int:
+    """Bytes that tensors and CUDA graphs take on the GPU now; 0 on a CPU, where none count."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.memory_allocated(device) + idle_graph_bytes(device)
 
 
-def allocated_bytes(device: torch.device) -> int:
-    """Bytes that tensors take on the GPU now; 0 on a CPU, where torch does not count them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+class PeakBytes:
+    """The most memory taken from here on: by tensors and graphs on a GPU, else by this process.
+
+    Of the process it is the peak so far, where Linux does not let it begin anew.
+    """
+
+    def __init__(self, device: torch.device):
+        self._of_gpu = PeakMemory(device)
+        if device.type != "cuda":
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets VmHWM
+
+    def read(self) -> int:
+        """Bytes so far."""
+        of_gpu = self._of_gpu.read()
+        return _process_peak_bytes() if of_gpu is None else of_gpu
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Bytes allocated on the GPU, or the process's resident set, at its peak since the reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _process_peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -71,7 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts["name"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = torch.version.cuda
+        facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     return facts
 
 
@@ -85,7 +94,12 @@ def processor_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" behind it if files differ; "unknown" outside of git."""
+    """The checkout's commit, "+" behind it if files differ; "unknown" outside of git.
+
+    Of a copy without git the variable NOVA_COMMIT tells it.
+    """
+    if os.environ.get("NOVA_COMMIT"):
+        return os.environ["NOVA_COMMIT"]
     try:
         run = [
             subprocess.run(

@@ -102,13 +102,13 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def measured(call: Callable[[], Any], device: str) -> dict[str, Any]:
     """Run `call` once; its time, the peak memory of this process or of the GPU, the machine."""
     import torch
-    from measure import machine, peak_memory_bytes, reset_peak_memory, timed
+    from measure import PeakBytes, machine, timed
 
     where = torch.device(device)
-    reset_peak_memory(where)
+    peak = PeakBytes(where)
     _, latency = timed(call, where)
     return {
-        "peak_memory_bytes": peak_memory_bytes(where),
+        "peak_memory_bytes": peak.read(),
         "latency_s": round(latency, 3),
         "machine": machine(where),
     }

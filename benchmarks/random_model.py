@@ -98,6 +98,14 @@ class RandomModelRun:
     def batch(self) -> int:
         return self._conditioning.batch_size
 
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
     def shorten(self, num_frames: int) -> None:
         """Run only so many latent frames from now on."""
         self._num_frames = num_frames
@@ -158,9 +166,8 @@ class RandomModelRun:
         return run
 
     def _noise(self) -> NoiseSource:
-        device = self._model.device
-        generator = torch.Generator(device).manual_seed(0)
-        return self._noise_kind(generator, self.batch, dtype=self._dtype, device=device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        return self._noise_kind(generator, self.batch, dtype=self.dtype, device=self.device)
 
     def work(self) -> dict[str, Work]:
         """What `sample` takes by stage, with the exact sampler; see `work_counts`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import peak_memory_bytes, reset_peak_memory, synchronize
+from measure import PeakBytes, synchronize
 
 import nova
 from nova_kernels.errors import in_a_line
@@ -111,13 +111,13 @@ def run_ways(
         for one in seen:
             if one.refused is not None:
                 continue
-            reset_peak_memory(pipe.device)
+            peak = PeakBytes(pipe.device)
             try:
                 arrivals, frames = _run(pipe, one.way, request)
             except nova.NovaError as error:
                 one.refused = f"failed: {in_a_line(error)}"
                 continue
-            one.peak_bytes = max(one.peak_bytes, peak_memory_bytes(pipe.device))
+            one.peak_bytes = max(one.peak_bytes, peak.read())
             if turn == 0:
                 expected = right.setdefault(one.way.tile_latents, frames)
                 one.refused = _difference(frames, expected)

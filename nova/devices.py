@@ -94,8 +94,21 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def idle_graph_bytes(device: torch.device) -> int:
+    """Bytes that CUDA graphs keep on a GPU for what they write when replayed.
+
+    torch counts none of them as allocated, but for tensors that are still referred to.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
 class PeakMemory:
-    """The most memory that tensors take on a GPU, from here on.
+    """The most memory that tensors and CUDA graphs take on a GPU, from here on.
 
     It starts torch's own count anew (`torch.cuda.reset_peak_memory_stats`).
     """
@@ -103,10 +116,11 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self._device = device
         if device.type == "cuda":
+            self._idle_bytes = idle_graph_bytes(device)
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> int | None:
         """Bytes so far; None on other devices, where torch does not count them."""
         if self._device.type != "cuda":
             return None
-        return torch.cuda.max_memory_allocated(self._device)
+        return torch.cuda.max_memory_allocated(self._device) + self._idle_bytes

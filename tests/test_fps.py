@@ -1,21 +1,25 @@
 """benchmarks/fps.py: workloads, gate, rows, stages, tables and pictures."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import fps
 import fps_measure
 import fps_memory
+import fps_runs
 import pytest
 import torch
 from card_facts import parse_card_facts
 from ceilings import Ceilings, measure_ceilings
 from fps_gate import Gate
-from fps_measure import measure, run_samplers
+from fps_measure import measure
 from fps_plot import check_plot, plot
+from fps_runs import run_samplers
 from fps_samplers import (
     EXACT,
     EXACT_COMPILED,
@@ -86,6 +90,52 @@ def test_rows():
     assert min(exact["stages_s"].values()) > 0
 
 
+def test_rows_are_kept_as_they_come():
+    kept = []
+    rows = rows_of(keep=lambda rows: kept.append(copy.deepcopy(rows)))
+    runs = [[len(row["latencies_s"]) for row in rows] for rows in kept]
+    assert runs[:4] == [[1], [1, 1], [2, 1], [2, 2]]
+    assert kept[0][0]["fps"] > 0 and kept[0][0]["vae_s"] is None
+    assert kept[-1] == rows and rows[1]["vae_s"] > 0 and "stages_s" in rows[1]
+
+
+def test_too_little_memory_for_what_is_timed_by_itself(monkeypatch):
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(fps_measure, "decode_seconds", greedy)
+    monkeypatch.setattr(fps_measure, "stage_seconds", greedy)
+    said = []
+    plain, exact = rows_of(say=said.append)
+    assert plain["fps"] > 0 and plain["vae_s"] is None and plain["fps_with_vae"] is None
+    assert "stages_s" not in exact
+    assert said[-2:] == [f"not enough memory to time the {what}" for what in ("VAE", "stages")]
+
+
+def test_an_end_that_is_not_well_loses_no_rows(monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fps_measure, "stage_seconds", broken)
+    path = tmp_path / "fps.json"
+    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu", "--json", str(path)])
+    with pytest.raises(RuntimeError, match="illegal"):
+        fps.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["sampler"], row["batch"]) for row in rows] == [(PLAIN, 1), (EXACT, 1)]
+
+
+def test_plain_that_is_not_a_number():
+    def broken(model, conditioning, **options):
+        return (
+            frame * torch.nan for frame in generate_frames_plain(model, conditioning, **options)
+        )
+
+    rows = rows_of(samplers={PLAIN: broken, EXACT: generate_frames}, stages=False)
+    assert all(row["refused"].startswith("wrong: ") for row in rows)
+
+
 def test_part_of_a_video():
     workload = Workload("tiny-video", 2, 3, num_diffusion_steps=2, num_sets=1, repeats=1)
     row = rows_of(workload, stages=False)[1]
@@ -124,7 +174,7 @@ def test_a_slow_sampler_makes_a_part_of_a_video(monkeypatch, seconds_a_frame, fr
         latents = run.sample(sampler)
         return latents, seconds_a_frame * latents.shape[2], seconds_a_frame
 
-    monkeypatch.setattr(fps_measure, "timed_run", timed_run)
+    monkeypatch.setattr(fps_runs, "timed_run", timed_run)
     workload = replace(TINY, num_frames=3, run_seconds=30.0)
     said = []
     row = rows_of(workload, say=said.append)[1]
@@ -177,9 +227,8 @@ def test_wrong_replays_are_refused(monkeypatch):
 def test_memory_that_other_samplers_keep_does_not_count(monkeypatch):
     allocated = [100]  # weights
     peak = []
-    monkeypatch.setattr(fps_memory, "allocated_bytes", lambda device: allocated[0])
-    monkeypatch.setattr(fps_memory, "reset_peak_memory", lambda device: None)
-    monkeypatch.setattr(fps_memory, "peak_memory_bytes", lambda device: peak[-1])
+    monkeypatch.setattr(fps_memory, "held_bytes", lambda device: allocated[0])
+    monkeypatch.setattr(fps_memory, "PeakBytes", lambda device: SimpleNamespace(read=peak.pop))
     plain, graphs = (fps_memory.SamplerMemory(torch.device("cuda"), 100) for _ in range(2))
 
     def run(memory, takes, keeps):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nova import graph_recording
+from nova.devices import PeakMemory, idle_graph_bytes
 from nova.graph_recording import CUDARecorder
 
 
@@ -212,6 +213,18 @@ def test_graphs_outlive_those_of_another_recorder():
         others = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
         second.replay()
         assert torch.equal(second.output, expected) and not others.any()
+
+
+@pytest.mark.gpu
+def test_memory_of_graphs_counts():
+    device = torch.device("cuda")
+    before = idle_graph_bytes(device)
+    recording = CUDARecorder()(lambda: torch.ones(1 << 24, device=device).sum())  # 64 MiB
+    assert idle_graph_bytes(device) - before >= 1 << 26
+    assert PeakMemory(device).read() - torch.cuda.memory_allocated(device) >= 1 << 26
+    del recording
+    torch.cuda.empty_cache()
+    assert idle_graph_bytes(device) <= before
 
 
 @pytest.mark.gpu
