@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from failures import pytest_addoption, pytest_configure  # noqa: F401
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -19,6 +21,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 if not torch.cuda.is_available():
     # Triton reads it when kernels are defined; its interpreter runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # A smaller example of a failure would take minutes: each has kernels to compile.
+    settings.register_profile("gpu", phases=[phase for phase in Phase if phase is not Phase.shrink])
+    settings.load_profile("gpu")
 
 
 def pytest_collection_modifyitems(items):
