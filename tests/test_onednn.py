@@ -1,6 +1,7 @@
 """Linear layers and convolutions by oneDNN."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,30 +104,47 @@ def test_convolutions_are_as_exact_as_torchs(
 
 
 @needs_onednn
-def test_whose_convolutions_are_computed(monkeypatch):
-    """oneDNN's in float32 without a gradient, unless a backend is named; else torch's."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolutions_in_half_precision_are_rounded_once(monkeypatch, dtype):
+    monkeypatch.setattr(onednn, "has_half", lambda dtype: False)
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(16, 16, 3, padding=1).to(dtype), random(1, 16, 3, 6, 6).to(dtype)
+    exact = copy.deepcopy(conv).double()(x.double())
+    with torch.no_grad():
+        result = conv(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_half", [False, True])
+def test_whose_convolutions_are_computed(monkeypatch, has_half):
+    """oneDNN's without a gradient, unless it has the half precision or a backend is named."""
 
     def refuse(*arguments):
         raise AssertionError("called")
 
     monkeypatch.setattr(onednn, "conv3d", refuse)
+    monkeypatch.setattr(onednn, "has_half", lambda dtype: has_half)
     conv, x = CausalConv3d(4, 4, 3, padding=1), random(1, 4, 2, 3, 3)
     conv(x).sum().backward()
     with torch.no_grad():
         with pytest.raises(AssertionError, match="called"):
             conv(x)
-        conv.bfloat16()(x.bfloat16())
+        with nullcontext() if has_half else pytest.raises(AssertionError, match="called"):
+            conv.bfloat16()(x.bfloat16())
         monkeypatch.setenv(VARIABLE, "reference")
         conv.float()(x)
 
 
 def test_what_is_not_usable(monkeypatch):
     elsewhere, half = torch.zeros(2, 2, device="meta"), torch.zeros(2, 2, dtype=torch.float16)
-    for check in (onednn.is_usable, onednn.can_pack):
-        assert not check(elsewhere) and not check(half)
+    for check in (onednn.is_usable, onednn.can_pack, onednn.can_convolve):
+        assert not check(elsewhere)
+    assert not onednn.is_usable(half) and not onednn.can_pack(half)
     bfloat16 = torch.zeros(2, 2, dtype=torch.bfloat16)
     assert not onednn.is_usable(bfloat16)
-    monkeypatch.setattr(onednn, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "has_half", lambda dtype: False)
     assert not onednn.can_pack(bfloat16)
 
 
