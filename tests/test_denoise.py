@@ -175,7 +175,7 @@ def test_chunks_of_modulations_change_nothing(monkeypatch):
     monkeypatch.setattr(module, "MODULATION_BUDGET", 1)
     # But how products of other numbers of rows are summed, in some versions of torch.
     chunked = run(*given, steps, guided_steps=3)
-    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
 def small_case():
@@ -364,5 +364,6 @@ def test_arguments_that_do_not_fit():
         run(x, condition, times, weights, noisy, noise=randn(3, *x.shape), outside=Outside(x))
     with pytest.raises(ValueError, match="on one device, got"):
         run(x, condition.to("meta"), times, weights, steps)
+    on_cpu = HeadWeights.of_tensors([tensor.cpu() for tensor in weights.tensors()], DEPTH)
     with pytest.raises(BackendError, match="on a GPU"):
-        run(x.cpu(), condition.cpu(), times, weights, steps, backend="cuda")
+        run(x.cpu(), condition.cpu(), times.cpu(), on_cpu, steps, backend="cuda")

@@ -102,6 +102,21 @@ def test_several_dtypes(backend):
     assert low.dtype == torch.float16
 
 
+def test_the_reference_normalizes_in_one_dtype(monkeypatch):
+    """As torch's kernel for GPUs asks for."""
+    x, h, weight, bias, gate = inputs((5, 48), (5, 48), True, torch.float32)
+    expected, layer_norm, seen = reference(x, h.half(), weight, bias, gate), F.layer_norm, []
+
+    def spy(h, shape, weight, bias, eps):
+        seen.append({h.dtype, weight.dtype, bias.dtype})
+        return layer_norm(h, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", spy)
+    assert torch.equal(reference(x, h.half(), weight, bias, gate), expected)
+    assert reference(h.half(), h.half(), weight.half(), bias.half()).dtype == torch.float16
+    assert seen == [{torch.float32}, {torch.float16}]
+
+
 @pytest.mark.parametrize("backend", TRITON_AND_CUDA)
 def test_a_residual_shared_by_several_passes(backend):
     x, h, gate = randn(1, 4, 24, seed=1), randn(3, 4, 24, seed=2), randn(3, 4, 24, seed=3)

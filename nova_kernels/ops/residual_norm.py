@@ -89,7 +89,10 @@ def reference(
     eps: float = EPS,
 ) -> Tensor:
     """The op in plain torch, differentiable; arguments as those of `residual_norm`."""
-    branch = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    dtype = promoted(h, weight, bias)
+    # torch's kernel for GPUs takes one dtype, that for CPUs would take several.
+    given = (None if t is None else t.to(dtype) for t in (weight, bias))
+    branch = F.layer_norm(h.to(dtype), h.shape[-1:], *given, eps).to(h.dtype)
     return x + branch if gate is None else torch.addcmul(x, gate, branch)
 
 
