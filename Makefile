@@ -29,7 +29,7 @@ demo: setup
 	$(VENV_PYTHON) benchmarks/fps.py
 
 test: setup
-	$(VENV_PYTHON) -m pytest -q tests -n logical --maxprocesses 4 --dist loadfile
+	$(VENV_PYTHON) -m pytest -q tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .
