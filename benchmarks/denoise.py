@@ -14,24 +14,27 @@ import copy
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from denoise_costs import CARDS, step_cost
-from measure import machine, relative_error, timed, write_rows
+from measure import is_lost, machine, relative_error, timed, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import nova_kernels
+from nova.graph_recording import CUDARecorder
 from nova.head import DiffusionMLP, PreparedHead
 from nova.schedule import FlowMatchConfig
 from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import denoise as persistent
 from nova_kernels.cuda_kernels import extension
 from nova_kernels.cuda_kernels.denoise_plan import CLUSTER_SIZES, DenoiseShape, plan_denoise
+from nova_kernels.errors import in_a_line
 from nova_kernels.ops.denoise import modulate
 
 PASSES, GUIDANCE = 2, 5.0
@@ -39,6 +42,8 @@ CONDITION_DIM, PATCH_SIZE = 1024, 2
 ALLOWED = 2.0
 FLOORS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 REPETITIONS = 20
+# Makes a call, which may take compiling or recording; None: there is none for these sizes.
+Make = Callable[[], Callable[[], Tensor] | None]
 
 
 class Loop:
@@ -86,24 +91,26 @@ class Loop:
         )
 
 
-def implementations(loop: Loop, shape: DenoiseShape) -> dict[str, Callable[[], Tensor]]:
-    """All that computes a loop on the device that it is on, by name."""
+def by_many_launches(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
+    """What makes a call that computes a loop on the device that it is on, by name."""
+    makes = {"eager": lambda: partial(loop.run, "reference")}
     if not loop.x.is_cuda:
-        calls = {"eager": lambda: loop.run("reference")}
         if cpp_extension.obstacle() is None:
-            calls["C++"] = lambda: loop.run("cpp")
-        return calls
-    calls: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: loop.run("reference"),
-        "Triton": lambda: loop.run("triton"),
+            makes["C++"] = lambda: partial(loop.run, "cpp")
+        return makes
+    makes["Triton"] = lambda: partial(loop.run, "triton")
+    graphs = {f"{name}, graph": partial(captured, make()) for name, make in makes.items()}
+    return makes | graphs
+
+
+def by_one_launch(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
+    """The same for the persistent kernel, by the size of its clusters."""
+    if not loop.x.is_cuda or extension.obstacle() is not None:
+        return {}
+    return {
+        f"one launch, clusters of {size}": partial(one_launch, loop, shape, size)
+        for size in CLUSTER_SIZES
     }
-    calls |= {f"{name}, graph": captured(call) for name, call in list(calls.items())}
-    if extension.obstacle() is None:
-        for size in CLUSTER_SIZES:
-            call = one_launch(loop, shape, size)
-            if call is not None:
-                calls[f"one launch, clusters of {size}"] = call
-    return calls
 
 
 def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[], Tensor] | None:
@@ -126,18 +133,12 @@ def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[
 
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same, as a replayed CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    call()  # compiles
+    recording = CUDARecorder()(call)
 
     def replay() -> Tensor:
-        graph.replay()
-        return result
+        recording.replay()
+        return recording.output
 
     return replay
 
@@ -160,33 +161,45 @@ def microseconds(call: Callable[[], Any], device: torch.device) -> tuple[float, 
 
 
 def measure(
-    shape: DenoiseShape, num_steps: int, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """A row for every implementation."""
-    loop = Loop.random(shape, num_steps, device, dtype)
-    right = loop.in_float64().run("reference")
-    of_torch = relative_error(loop.run("reference"), right)
-    rows = []
-    for name, call in implementations(loop, shape).items():
-        row = {"tokens": shape.tokens, "rows": shape.rows, "implementation": name}
-        try:
-            error = relative_error(call(), right)
-        except RuntimeError as problem:  # a card that refuses a launch, say: others are measured
-            rows.append({**row, "refused": f"failed: {problem}"})
-            continue
-        if not error <= ALLOWED * of_torch + FLOORS[dtype]:
-            rows.append({**row, "refused": f"wrong: error {error:.1e}, torch's {of_torch:.1e}"})
-            continue
-        median, spread = microseconds(call, device)
-        rows.append(
-            {
-                **row,
-                "error": error,
-                "microseconds_a_step": median / num_steps,
-                "spread": spread / num_steps,
-            }
-        )
-    return rows
+    shapes: list[DenoiseShape], num_steps: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """A row for every shape and implementation, until the device is lost.
+
+    The persistent kernel comes last: its blocks wait for each other, and for ever if it is wrong.
+    """
+    loops = [(Loop.random(shape, num_steps, device, dtype), shape) for shape in shapes]
+    for implementations in (by_many_launches, by_one_launch):
+        for loop, shape in loops:
+            right = loop.in_float64().run("reference")
+            of_torch = relative_error(loop.run("reference"), right)
+            for name, make in implementations(loop, shape).items():
+                row = {"tokens": shape.tokens, "rows": shape.rows, "implementation": name}
+                try:
+                    call = make()
+                    if call is None:
+                        continue
+                    yield row | _figures(call, right, of_torch, num_steps)
+                except Exception as problem:  # of a card or a compiler: others are measured
+                    yield row | {"refused": f"failed: {in_a_line(problem)}"}
+                    if is_lost(device):
+                        print(f"the GPU refuses all work after {name}", file=sys.stderr)
+                        return
+
+
+def _figures(
+    call: Callable[[], Tensor], right: Tensor, of_torch: float, num_steps: int
+) -> dict[str, Any]:
+    """Of a call whose result was as exact as plain torch's, whose error is `of_torch`."""
+    result = call()
+    error = relative_error(result, right)
+    if not error <= ALLOWED * of_torch + FLOORS[result.dtype]:
+        return {"refused": f"wrong: error {error:.1e}, torch's {of_torch:.1e}"}
+    median, spread = microseconds(call, right.device)
+    return {
+        "error": error,
+        "microseconds_a_step": median / num_steps,
+        "spread": spread / num_steps,
+    }
 
 
 def predict(shape: DenoiseShape) -> list[dict[str, Any]]:
@@ -249,7 +262,12 @@ def main() -> int:
     sizes = f"width {arguments.width}, depth {arguments.depth}, {PASSES} passes"
     with torch.no_grad():
         if on_gpu or arguments.cpu:
-            rows = [row for s in shapes for row in measure(s, arguments.steps, device, dtype)]
+            rows = []
+            for row in measure(shapes, arguments.steps, device, dtype):
+                rows.append(row)
+                if arguments.json:  # what there is, in case that a later one does not end well
+                    write_rows(arguments.json, "denoise.py", facts, rows)
+            rows.sort(key=lambda row: row["tokens"])
             print_rows(rows, f"A denoise step on {facts['name']}: {sizes}")
         else:
             rows = [row for s in shapes for row in predict(s)]

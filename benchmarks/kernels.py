@@ -19,7 +19,7 @@ import torch
 from ceilings import Ceilings, measure_ceilings
 from compile_report import compile_rows, faults, print_compile_table
 from kernel_cases import KernelCase, kernel_cases
-from measure import machine, relative_error, write_rows
+from measure import is_lost, machine, relative_error, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -128,15 +128,17 @@ def gate(
     for name, call in calls.items():
         try:
             results = outputs(call, inputs, backward)
+            errors = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
         except BackendError as error:
             refused[name] = str(error)
             continue
         except Exception as error:  # whatever compilers and libraries raise on some card
             verdict = "wrong" if name in BACKENDS else "failed"
             refused[name] = f"{verdict}: {in_a_line(error)}"
+            if is_lost(device):
+                break
             continue
-        for result, right, of_torch in zip(results, exact, torch_errors, strict=True):
-            error = relative_error(result, right)
+        for error, of_torch in zip(errors, torch_errors, strict=True):
             if not error <= ALLOWED * of_torch + FLOOR[dtype]:
                 refused[name] = f"wrong: error {error:.1e}, torch's is {of_torch:.1e}"
     return refused
@@ -167,7 +169,7 @@ def measure(
     *,
     compiled: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows of all implementations of a case that are right."""
+    """Rows of all implementations of a case, or of those until the device was lost."""
     # Else torch compiles later cases for any shape, and after some of them not at all.
     torch.compiler.reset()
     calls = implementations(case, compiled=compiled)
@@ -176,19 +178,30 @@ def measure(
         {"op": case.op, "shape": case.shape, "implementation": name, "refused": reason}
         for name, reason in refused.items()
     ]
+    if is_lost(device):
+        return rows
     for direction in directions(case):
         moved, operations = costs(case, direction, dtype)
         floor = 1e3 * max(moved / limits.bandwidth, operations / limits.rate)
         for name, call in calls.items():
             if name in refused:
                 continue
-            time = time_of(case, call, direction, device, dtype)
+            row = {
+                "op": case.op,
+                "shape": case.shape,
+                "implementation": name,
+                "direction": direction,
+            }
+            try:
+                time = time_of(case, call, direction, device, dtype)
+            except Exception as error:  # of a card or a compiler, such as too little memory
+                rows.append(row | {"refused": f"failed: {in_a_line(error)}"})
+                if is_lost(device):
+                    return rows
+                continue
             rows.append(
-                {
-                    "op": case.op,
-                    "shape": case.shape,
-                    "implementation": name,
-                    "direction": direction,
+                row
+                | {
                     "microseconds": 1e3 * time,
                     "GB_per_s": moved / time / 1e6,
                     "TFLOP_per_s": operations / time / 1e9,
@@ -265,8 +278,11 @@ def main() -> int:
             rows += measure(case, device, dtype, limits, compiled=arguments.compile)
             if arguments.json:  # what there is, in case that a later one does not end well
                 write_rows(arguments.json, "kernels.py", facts, rows)
+            if is_lost(device):
+                print(f"the GPU refuses all work after {case.op}", file=sys.stderr)
+                break
         print_times(rows, facts)
-        failed = any(row.get("refused", "").startswith("wrong") for row in rows)
+        failed = is_lost(device) or any(r.get("refused", "").startswith("wrong") for r in rows)
     else:
         rows = floor_rows(cases, dtype)
         print_floors(rows, dtype)

@@ -34,6 +34,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU refuses all work of this process, as after an access outside of memory."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def held_bytes(device: torch.device) -> int:
     """Bytes that tensors and CUDA graphs take on the GPU now; 0 on a CPU, where none count."""
     if device.type != "cuda":

@@ -196,18 +196,25 @@ def main() -> int:
         "num_diffusion_steps": workload.num_diffusion_steps,
         "disable_progress_bar": True,
     }
+    facts = machine(device) | card_facts(device)
+
+    def keep(seen: list[WayRuns]) -> list[Row]:
+        """Their rows, which are in the file then: what comes later may not end well."""
+        rows = [make_row(runs, workload, arguments.rate) for runs in seen]
+        if arguments.json:
+            write_rows(arguments.json, "streaming.py", facts, rows)
+        return rows
+
     seen = run_ways(
         pipe,
         ways(device, pipe.vae.module.tile_latents),
         request,
         repeats=workload.repeats,
         say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+        keep=keep,
     )
-    facts = machine(device) | card_facts(device)
-    rows = [make_row(runs, workload, arguments.rate) for runs in seen]
+    rows = keep(seen)
     print_table(rows, facts)
-    if arguments.json:
-        write_rows(arguments.json, "streaming.py", facts, rows)
     if arguments.plot:
         draw(arguments.plot, rows, f"{workload_name(rows[0])} on {facts['name']}")
     return 1 if any("refused" in row for row in rows) else 0

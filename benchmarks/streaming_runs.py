@@ -100,11 +100,14 @@ def run_ways(
     *,
     repeats: int,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[list[WayRuns]], None] = lambda seen: None,
 ) -> list[WayRuns]:
     """Every way once to warm up and to be checked, then in turns.
 
     Args:
         request: of the call, without generator.
+        say: is told what was run.
+        keep: is given those that were timed or refused so far, after every timed run.
     """
     seen, right = [WayRuns(way, []) for way in chosen], {}
     for turn in range(repeats + 1):
@@ -114,7 +117,7 @@ def run_ways(
             peak = PeakBytes(pipe.device)
             try:
                 arrivals, frames = _run(pipe, one.way, request)
-            except nova.NovaError as error:
+            except Exception as error:  # whatever compilers, drivers and other packages raise
                 one.refused = f"failed: {in_a_line(error)}"
                 continue
             one.peak_bytes = max(one.peak_bytes, peak.read())
@@ -123,6 +126,7 @@ def run_ways(
                 one.refused = _difference(frames, expected)
             else:
                 one.runs.append(arrivals)
+                keep([some for some in seen if some.runs or some.refused is not None])
             verdict = one.refused or f"{arrivals.last_s:.3g} s"
             say(f"{'first run' if turn == 0 else f'turn {turn}'}, {one.way.name}: {verdict}")
     return seen

@@ -13,16 +13,17 @@ shift
 steps=${*:-build op_tests gpu_tests batch1 denoise batch24 kernels batch4 profile roofline}
 python=${PYTHON:-python3}
 failed= missed=
-end=$(($(date +%s) + 590 * ${SLOWER:-1}))
+end=$(($(date +%s) + 575 * ${SLOWER:-1}))
 mkdir -p "$out"
 # Benchmarks find the package here, also where building it failed.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # The extension for this card alone is built in a fraction of the time.
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 [ -z "$capability" ] || export NOVA_CUDA_ARCHS="${NOVA_CUDA_ARCHS:-$capability-real}"
-export MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+export MAX_JOBS="${MAX_JOBS:-$(nproc)}" PYTHONUNBUFFERED=1
 
-# step SECONDS NAME COMMAND...: run a command, its output shown and kept in NAME.log
+# step SECONDS NAME COMMAND...: run a command, its output shown and kept in NAME.log. At its limit it is
+# interrupted, so that pytest still says what failed.
 step() {
     limit=$(($1 * ${SLOWER:-1})) name=$2 && shift 2
     case " $steps " in *" $name "*) ;; *) return ;; esac
@@ -30,7 +31,7 @@ step() {
     [ "$limit" -le $((end - begin)) ] || limit=$((end - begin))
     [ "$limit" -ge 10 ] || { missed="$missed $name"; return; }
     echo "== $name, at most $limit s"
-    { timeout -k 5 "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"; } | tee "$out/$name.log"
+    { timeout -s INT -k 10 "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"; } | tee "$out/$name.log"
     [ -f "$out/$name.ok" ] || failed="$failed $name"
     rm -f "$out/$name.ok"
     echo "== $name took $(($(date +%s) - begin)) s"

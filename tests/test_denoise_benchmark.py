@@ -9,6 +9,7 @@ import pytest
 import torch
 from denoise_costs import Card, step_cost
 
+from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels.denoise_plan import DenoiseShape, DeviceLimits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,39 @@ def test_it_measures_on_a_cpu_after_a_gate(tmp_path, monkeypatch, capsys):
     assert all(row["microseconds_a_step"] > 0 and row["error"] < 1e-5 for row in rows)
 
     monkeypatch.setattr(
-        benchmark, "implementations", lambda loop, shape: {"wrong": lambda: loop.x + 1}
+        benchmark, "by_many_launches", lambda loop, shape: {"wrong": lambda: lambda: loop.x + 1}
     )
     assert benchmark.main() == 1
     assert "wrong: error" in json.loads(file.read_text())["rows"][0]["refused"]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_one_launch_comes_last_and_its_failure_loses_nothing(
+    tmp_path, monkeypatch, capsys, is_lost
+):
+    file = tmp_path / "denoise.json"
+    kept = []
+
+    def fail():
+        kept.append(len(json.loads(file.read_text())["rows"]))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    def failing(loop, shape):
+        return {"not recorded": fail, "not there": lambda: None, "kernel": lambda: fail}
+
+    monkeypatch.setattr(benchmark, "by_one_launch", failing)
+    monkeypatch.setattr(benchmark, "is_lost", lambda device: is_lost and len(kept) == 2)
+    options = ["--cpu", "--width", "32", "--depth", "1", "--tokens", "2,3", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["denoise.py", *options, "--json", str(file)])
+    assert benchmark.main() == 1
+    rows = json.loads(file.read_text())["rows"]
+    refused = [row for row in rows if "refused" in row]
+    timed = len(rows) - len(refused)
+    assert timed == 4 if cpp_extension.obstacle() is None else 2
+    assert {row["tokens"] for row in rows if "refused" not in row} == {2, 3}
+    assert kept == [timed + n for n in range(2 if is_lost else 4)]
+    assert len(refused) == len(kept)
+    assert refused[0]["refused"] == (
+        "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
+    assert ("the GPU refuses all work after kernel" in capsys.readouterr().err) == is_lost

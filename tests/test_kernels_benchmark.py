@@ -114,6 +114,55 @@ def test_a_peer_that_fails_is_left_out(monkeypatch):
     assert refused["cuda"].startswith("wrong: ")  # of ours everything has to run or say so
 
 
+def failing_later(call, monkeypatch):
+    """A call whose work fails when its results are read, as a GPU's does."""
+    relative_error = kernels.relative_error
+
+    def run(*inputs):
+        result = call(*inputs)
+        run.results.append(result)
+        return result
+
+    def read(result, right):
+        if any(result is one for one in run.results):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+        return relative_error(result, right)
+
+    run.results = []
+    monkeypatch.setattr(kernels, "relative_error", read)
+    return run
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_work_that_fails_later_is_refused(monkeypatch, is_lost):
+    case, device = kernel_cases.diffusion_step(2, 4, 6), torch.device("cpu")
+    reference = kernels.implementations(case)["reference"]
+    failing = failing_later(reference, monkeypatch)
+    calls = {"reference": reference, "cuda": failing, "peer": reference}
+    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: calls)
+    monkeypatch.setattr(kernels, "milliseconds", lambda call: 1.0)
+    monkeypatch.setattr(kernels, "is_lost", lambda device: is_lost and bool(failing.results))
+    rows = kernels.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
+    assert rows[0]["implementation"] == "cuda"
+    assert rows[0]["refused"].startswith("wrong: RuntimeError: CUDA error: an illegal memory")
+    timed = [row["implementation"] for row in rows[1:]]
+    assert timed == ([] if is_lost else ["reference", "peer"] * len(kernels.directions(case)))
+
+
+def test_what_cannot_be_timed_is_left_out(monkeypatch):
+    case, device = kernel_cases.residual_norm(6, 8), torch.device("cpu")
+    reference = kernels.implementations(case)["reference"]
+    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: {"reference": reference})
+
+    def fail(call):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "milliseconds", fail)
+    rows = kernels.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all(row["refused"] == "failed: OutOfMemoryError: CUDA out of memory" for row in rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_all_ops_are_right_and_timed(tmp_path):

@@ -102,6 +102,24 @@ def test_what_fails_is_said(pipe):
     assert failed.refused.startswith("failed: DeviceError: overlap_decoding needs a GPU")
 
 
+def test_rows_are_kept_as_they_come(tiny_video_folder, tmp_path, monkeypatch):
+    path, run, calls = tmp_path / "s.json", streaming_runs._run, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 7:  # in the first turn behind that of warming up
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(streaming_runs, "_run", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(
+            monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL, "--json", str(path)
+        )
+    ways = [row["way"] for row in json.loads(path.read_text())["rows"]]
+    assert ways == ["call", "stream"]
+
+
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["streaming.py", "--device", "cpu", *arguments])
     return streaming.main()
