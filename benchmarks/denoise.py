@@ -167,10 +167,10 @@ def measure(
 
     The persistent kernel comes last: its blocks wait for each other, and for ever if it is wrong.
     """
-    loops = [(Loop.random(shape, num_steps, device, dtype), shape) for shape in shapes]
+    loops = [Loop.random(shape, num_steps, device, dtype) for shape in shapes]
+    exact = [loop.in_float64().run("reference") for loop in loops]
     for implementations in (by_many_launches, by_one_launch):
-        for loop, shape in loops:
-            right = loop.in_float64().run("reference")
+        for shape, loop, right in zip(shapes, loops, exact, strict=True):
             of_torch = relative_error(loop.run("reference"), right)
             for name, make in implementations(loop, shape).items():
                 row = {"tokens": shape.tokens, "rows": shape.rows, "implementation": name}

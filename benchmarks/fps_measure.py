@@ -68,7 +68,7 @@ def measure(
         compared_sets=workload.compared_sets,
         float32_tokens=in_float32,
     )
-    table = _Rows(workload, run, backend, ceilings)
+    maker = _RowMaker(workload, run, backend, ceilings)
     seen = run_samplers(
         run,
         samplers,
@@ -78,14 +78,14 @@ def measure(
         warm_up=workload.warm_up,
         seconds=seconds,
         say=say,
-        keep=lambda seen: keep(table.make(seen)),
+        keep=lambda seen: keep(maker.make(seen)),
     )
-    keep(table.make(seen))
+    keep(maker.make(seen))
     if workload.text is not None:
-        table.text_s = _if_memory_suffices(lambda: _text_s(workload, run), "text encoder", say)
+        maker.text_s = _if_memory_suffices(lambda: _text_s(workload, run), "text encoder", say)
     if workload.vae is not None:
-        table.vae_s = _if_memory_suffices(lambda: _vae_s(workload, run), "VAE", say)
-    rows = table.make(seen)
+        maker.vae_s = _if_memory_suffices(lambda: _vae_s(workload, run), "VAE", say)
+    rows = maker.make(seen)
     if TUNED in samplers:
         tuned = next(row for row in rows if row["sampler"] == TUNED)
         tuned["chosen"] = samplers[TUNED].chosen
@@ -94,7 +94,7 @@ def measure(
         in_run = _if_memory_suffices(lambda: stage_seconds(run, device), "stages", say)
         if in_run is not None:
             exact = next(row for row in rows if row["sampler"] == EXACT)
-            exact["stages_s"] = table.stages(in_run)
+            exact["stages_s"] = maker.stages(in_run)
             keep(rows)
     return rows
 
@@ -130,7 +130,7 @@ def _vae_s(workload: Workload, run: RandomModelRun) -> float:
     return run.batch * decode_seconds(vae, clip, run.device, workload.repeats)
 
 
-class _Rows:
+class _RowMaker:
     """Makes the rows of a workload at one batch size.
 
     Args:
