@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import PeakBytes, synchronize
+from measure import PeakBytes, is_lost, synchronize
 
 import nova
 from nova_kernels.errors import in_a_line
@@ -102,34 +102,60 @@ def run_ways(
     say: Callable[[str], None] = lambda line: None,
     keep: Callable[[list[WayRuns]], None] = lambda seen: None,
 ) -> list[WayRuns]:
-    """Every way once to warm up and to be checked, then in turns.
+    """Every way once to warm up and to be checked, then in turns, until the GPU is lost.
 
     Args:
         request: of the call, without generator.
         say: is told what was run.
-        keep: is given those that were timed or refused so far, after every timed run.
+        keep: is given those that were timed or refused so far, as soon as there is more of them.
+
+    Returns:
+        Those that were timed or refused: all, unless the GPU was lost.
     """
     seen, right = [WayRuns(way, []) for way in chosen], {}
     for turn in range(repeats + 1):
         for one in seen:
             if one.refused is not None:
                 continue
-            peak = PeakBytes(pipe.device)
-            try:
-                arrivals, frames = _run(pipe, one.way, request)
-            except Exception as error:  # whatever compilers, drivers and other packages raise
-                one.refused = f"failed: {in_a_line(error)}"
-                continue
-            one.peak_bytes = max(one.peak_bytes, peak.read())
-            if turn == 0:
-                expected = right.setdefault(one.way.tile_latents, frames)
-                one.refused = _difference(frames, expected)
-            else:
-                one.runs.append(arrivals)
-                keep([some for some in seen if some.runs or some.refused is not None])
-            verdict = one.refused or f"{arrivals.last_s:.3g} s"
+            verdict = _take_turn(pipe, one, request, right, is_timed=turn > 0)
             say(f"{'first run' if turn == 0 else f'turn {turn}'}, {one.way.name}: {verdict}")
-    return seen
+            if turn > 0 or one.refused is not None:
+                keep(_known(seen))
+            if one.refused is not None and is_lost(pipe.device):  # others are not to blame
+                say(f"the GPU refuses all work after {one.way.name}")
+                return _known(seen)
+    return _known(seen)
+
+
+def _known(seen: list[WayRuns]) -> list[WayRuns]:
+    return [one for one in seen if one.runs or one.refused is not None]
+
+
+def _take_turn(
+    pipe: nova.NOVAPipeline,
+    one: WayRuns,
+    request: dict[str, Any],
+    right: dict[int, np.ndarray],
+    *,
+    is_timed: bool,
+) -> str:
+    """Run a way, and add its time, or check its frames; why it is refused, or how long it took.
+
+    Args:
+        right: the frames to compare with by latent frames of a tile; the first ones are added.
+    """
+    peak = PeakBytes(pipe.device)
+    try:
+        arrivals, frames = _run(pipe, one.way, request)
+    except Exception as error:  # whatever compilers, drivers and other packages raise
+        one.refused = f"failed: {in_a_line(error)}"
+        return one.refused
+    one.peak_bytes = max(one.peak_bytes, peak.read())
+    if is_timed:
+        one.runs.append(arrivals)
+    else:
+        one.refused = _difference(frames, right.setdefault(one.way.tile_latents, frames))
+    return one.refused or f"{arrivals.last_s:.3g} s"
 
 
 def _run(pipe: nova.NOVAPipeline, way: Way, request: dict[str, Any]) -> tuple[Arrivals, np.ndarray]:

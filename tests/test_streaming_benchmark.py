@@ -3,6 +3,7 @@
 import json
 import sys
 
+import measure
 import numpy as np
 import pytest
 import streaming
@@ -118,6 +119,71 @@ def test_rows_are_kept_as_they_come(tiny_video_folder, tmp_path, monkeypatch):
         )
     ways = [row["way"] for row in json.loads(path.read_text())["rows"]]
     assert ways == ["call", "stream"]
+
+
+def failing_from(number, monkeypatch):
+    """Runs fail from this one on, as where the GPU is lost; names of the ways that were run."""
+    run, names = streaming_runs._run, []
+
+    def broken(pipe, way, request):
+        names.append(way.name)
+        if len(names) >= number:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+        return run(pipe, way, request)
+
+    def synchronize(device):
+        if len(names) >= number:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(streaming_runs, "_run", broken)
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    return names
+
+
+def test_a_lost_gpu_takes_no_other_way_along(pipe, monkeypatch):
+    names, said, kept = failing_from(4, monkeypatch), [], []
+    call, stream = run_ways(
+        pipe,
+        ways(CPU, 2),
+        REQUEST,
+        repeats=3,
+        say=said.append,
+        keep=lambda seen: kept.append([one.way.name for one in seen]),
+    )
+    assert names == ["call", "stream"] * 2
+    assert call.refused is None and len(call.runs) == 1
+    failure = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert stream.refused == failure
+    assert said[-2:] == [f"turn 1, stream: {failure}", "the GPU refuses all work after stream"]
+    assert kept == [["call"], ["call", "stream"]]
+
+
+def test_a_gpu_lost_in_a_first_run(tiny_video_folder, tmp_path, monkeypatch, capsys):
+    failing_from(2, monkeypatch)
+    file = tmp_path / "s.json"
+    options = ["--model", str(tiny_video_folder), *SMALL_CALL, "--json", str(file)]
+    assert run_command(monkeypatch, *options) == 1
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["way"] == "stream" and row["refused"].startswith("failed: RuntimeError: CUDA error")
+    assert "the GPU refuses all work after stream" in capsys.readouterr().err
+
+
+def test_what_fails_is_in_the_file_at_once(tiny_video_folder, tmp_path, monkeypatch):
+    file, run = tmp_path / "s.json", streaming_runs._run
+
+    def broken(pipe, way, request):
+        if way.name == "call":
+            raise RuntimeError("no kernel image")
+        if way.name == "stream":
+            raise KeyboardInterrupt
+        return run(pipe, way, request)
+
+    monkeypatch.setattr(streaming_runs, "_run", broken)
+    options = ["--model", str(tiny_video_folder), *SMALL_CALL, "--json", str(file)]
+    with pytest.raises(KeyboardInterrupt):
+        run_command(monkeypatch, *options)
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["refused"] == "failed: RuntimeError: no kernel image"
 
 
 def run_command(monkeypatch, *arguments):
