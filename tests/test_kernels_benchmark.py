@@ -8,6 +8,7 @@ from pathlib import Path
 
 import kernel_cases
 import kernels
+import measure
 import pytest
 import torch
 from ceilings import Ceilings
@@ -147,6 +148,33 @@ def test_work_that_fails_later_is_refused(monkeypatch, is_lost):
     assert rows[0]["refused"].startswith("wrong: RuntimeError: CUDA error: an illegal memory")
     timed = [row["implementation"] for row in rows[1:]]
     assert timed == ([] if is_lost else ["reference", "peer"] * len(kernels.directions(case)))
+
+
+def test_the_command_ends_with_a_lost_gpu(tmp_path, monkeypatch, capsys):
+    """A peer, which alone would be no failure of the command, takes the GPU along."""
+    file, measured = tmp_path / "kernels.json", []
+    cases = [kernel_cases.residual_norm(6, 8), kernel_cases.scale_shift(6, 8)] * 2
+
+    def measure_case(case, device, dtype, limits, *, compiled):
+        measured.append(case.op)
+        row = {"op": case.op, "shape": case.shape, "implementation": "peer"}
+        return [row | {"refused": "failed: an illegal memory access"}]
+
+    def synchronize(device):
+        if len(measured) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "machine", lambda device: {"name": "a card", "torch": "2"})
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *to: Ceilings(1e12, 1e12))
+    monkeypatch.setattr(kernels, "kernel_cases", lambda: cases)
+    monkeypatch.setattr(kernels, "measure", measure_case)
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(file)])
+    assert kernels.main() == 1
+    assert [row["op"] for row in json.loads(file.read_text())["rows"]] == measured
+    assert len(measured) == 2
+    assert "the GPU refuses all work after scale_shift" in capsys.readouterr().err
 
 
 def test_what_cannot_be_timed_is_left_out(monkeypatch):
