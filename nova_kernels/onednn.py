@@ -13,32 +13,25 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+# Half precision, and what oneDNN calls it.
+HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not the tanh form
 
 
 def is_usable(weight: Tensor) -> bool:
-    """Whether a layer with this weight can be computed here: in float32, on an x86 CPU.
+    """Whether `linear` and `conv3d` take this weight: in float32 or half precision, on an x86 CPU.
 
+    But not in half precision that oneDNN has, which torch leaves to it. And
     `torch.backends.mkldnn.enabled = False` turns it off.
     """
-    return weight.dtype == torch.float32 and _is_there(weight.device)
+    dtype = weight.dtype
+    is_taken = not _has(dtype) if dtype in HALF else dtype == torch.float32
+    return is_taken and _is_there(weight.device)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `PackedLinear` takes this weight: where it `is_usable`, and in bfloat16 too."""
-    if weight.dtype == torch.bfloat16:
-        return has_half(weight.dtype) and _is_there(weight.device)
-    return is_usable(weight)
-
-
-def can_convolve(weight: Tensor) -> bool:
-    """Whether `conv3d` takes this weight: where it `is_usable`, and in half precision.
-
-    But not in half precision that oneDNN has, which torch leaves to it.
-    """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        return not has_half(weight.dtype) and _is_there(weight.device)
-    return is_usable(weight)
+    """Whether `PackedLinear` takes this weight: where it `is_usable`, and in bfloat16 always."""
+    return is_usable(weight) or (weight.dtype == torch.bfloat16 and _is_there(weight.device))
 
 
 def _is_there(device: torch.device) -> bool:
@@ -52,16 +45,19 @@ def _is_there(device: torch.device) -> bool:
 
 
 @cache
-def has_half(dtype: torch.dtype) -> bool:
+def _has(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in float16 or bfloat16 on this CPU (with AVX-512, or better)."""
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype]}_supported", None)
     return is_supported is not None and is_supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`torch.nn.functional.linear` for a weight that `is_usable`, without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), *_PLAIN)
+    """`torch.nn.functional.linear` for a weight that `is_usable`, without a gradient.
+
+    Half precision is computed in float32 and rounded once.
+    """
+    given = x.float(), weight.float(), bias.float().contiguous()
+    return torch.ops.mkldnn._linear_pointwise(*given, *_PLAIN).to(x.dtype)
 
 
 def conv3d(
@@ -71,17 +67,19 @@ def conv3d(
     stride: tuple[int, int, int],
     padding: tuple[int, int, int],
 ) -> Tensor:
-    """`torch.nn.functional.conv3d`, without a gradient, for a weight that it `can_convolve`.
+    """`torch.nn.functional.conv3d` for a weight that `is_usable`, without a gradient.
 
     Half precision is computed in float32 and rounded once. torch leaves it to a loop of its own,
     which took twenty times as long on an AMD EPYC without AVX-512.
     """
-    inputs = x.float(), weight.float(), bias.float()
-    return torch.mkldnn_convolution(*inputs, padding, stride, (1, 1, 1), 1).to(x.dtype)
+    given = x.float(), weight.float(), bias.float()
+    return torch.mkldnn_convolution(*given, padding, stride, (1, 1, 1), 1).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
     """x @ weight.T + bias, maybe with the exact (erf) GELU of it, without a gradient.
+
+    Half precision that oneDNN lacks is computed in float32 and rounded once.
 
     Args:
         weight: (out, in), see `can_pack`. It is copied, laid out as oneDNN reads it fastest, so
@@ -92,10 +90,14 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False):
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self._bias = bias.detach().contiguous()  # its strides would be passed over
+        lacks = weight.dtype in HALF and not _has(weight.dtype)
+        self._dtype = torch.float32 if lacks else weight.dtype
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype))
+        # Its strides would be passed over.
+        self._bias = bias.detach().to(self._dtype).contiguous()
         self._activation = _GELU if gelu else _PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of any strides, in the dtype of the weight -> (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)
+        given = x.to(self._dtype), self._weight, self._bias
+        return torch.ops.mkldnn._linear_pointwise(*given, *self._activation).to(x.dtype)

@@ -455,7 +455,7 @@ def test_doctor_table():
 @pytest.mark.parametrize("usable", [True, False])
 def test_doctor_says_who_computes(monkeypatch, usable):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # layers are packed on a CPU
-    monkeypatch.setattr(onednn, "can_convolve", lambda weight: usable)
+    monkeypatch.setattr(onednn, "is_usable", lambda weight: usable)
     monkeypatch.setattr(onednn, "can_pack", lambda weight: usable)
     ops = doctor.examine()["runs"]["ops"]
     assert ("linear layers" in ops) == ("3D convolutions" in ops) == usable

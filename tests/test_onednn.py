@@ -42,20 +42,28 @@ def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
         assert (result - expected).norm() <= allowed
 
 
-@pytest.mark.skipif(
-    not onednn.can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)),
-    reason="oneDNN has no bfloat16 for this CPU",
-)
+@needs_onednn
 @pytest.mark.parametrize("gelu", [False, True])
-def test_bfloat16_is_rounded_once(gelu):
+@pytest.mark.parametrize(
+    ("dtype", "may_be_there"),
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)],
+)
+def test_half_precision_is_rounded_once(monkeypatch, dtype, may_be_there, gelu):
+    if not may_be_there:
+        monkeypatch.setattr(onednn, "_has", lambda dtype: False)
     x, weight, bias = (
-        tensor.bfloat16() for tensor in (random(2, 7, 33), random(100, 33, seed=1), random(100))
+        tensor.to(dtype) for tensor in (random(2, 7, 33), random(100, 33, seed=1), random(100))
     )
+    assert onednn.can_pack(weight)
     activation = F.gelu if gelu else lambda y: y
     expected = activation(F.linear(x.double(), weight.double(), bias.double()))
-    result = PackedLinear(weight, bias, gelu=gelu)(x)
-    assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-3)
+    results = [PackedLinear(weight, bias, gelu=gelu)(x)]
+    if onednn.is_usable(weight) and not gelu:
+        results.append(onednn.linear(x, weight, bias))
+    eps = torch.finfo(dtype).eps
+    for result in results:
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=eps, atol=1e-3)
 
 
 @needs_onednn
@@ -106,7 +114,7 @@ def test_convolutions_are_as_exact_as_torchs(
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_convolutions_in_half_precision_are_rounded_once(monkeypatch, dtype):
-    monkeypatch.setattr(onednn, "has_half", lambda dtype: False)
+    monkeypatch.setattr(onednn, "_has", lambda dtype: False)
     torch.manual_seed(0)
     conv, x = CausalConv3d(16, 16, 3, padding=1).to(dtype), random(1, 16, 3, 6, 6).to(dtype)
     exact = copy.deepcopy(conv).double()(x.double())
@@ -125,7 +133,7 @@ def test_whose_convolutions_are_computed(monkeypatch, has_half):
         raise AssertionError("called")
 
     monkeypatch.setattr(onednn, "conv3d", refuse)
-    monkeypatch.setattr(onednn, "has_half", lambda dtype: has_half)
+    monkeypatch.setattr(onednn, "_has", lambda dtype: has_half)
     conv, x = CausalConv3d(4, 4, 3, padding=1), random(1, 4, 2, 3, 3)
     conv(x).sum().backward()
     with torch.no_grad():
@@ -139,13 +147,11 @@ def test_whose_convolutions_are_computed(monkeypatch, has_half):
 
 def test_what_is_not_usable(monkeypatch):
     elsewhere, half = torch.zeros(2, 2, device="meta"), torch.zeros(2, 2, dtype=torch.float16)
-    for check in (onednn.is_usable, onednn.can_pack, onednn.can_convolve):
+    for check in (onednn.is_usable, onednn.can_pack):
         assert not check(elsewhere)
-    assert not onednn.is_usable(half) and not onednn.can_pack(half)
-    bfloat16 = torch.zeros(2, 2, dtype=torch.bfloat16)
-    assert not onednn.is_usable(bfloat16)
-    monkeypatch.setattr(onednn, "has_half", lambda dtype: False)
-    assert not onednn.can_pack(bfloat16)
+    monkeypatch.setattr(onednn, "_has", lambda dtype: True)
+    assert not onednn.can_pack(half) and not onednn.is_usable(half)
+    assert not onednn.is_usable(half.bfloat16())
 
 
 def test_torchs_switch_turns_it_off(monkeypatch):

@@ -324,6 +324,6 @@ def _what_runs(torch: Any) -> dict[str, Any]:
     weight = torch.empty(0, dtype=dtype)
     if packs and onednn.can_pack(weight):
         ops["linear layers"] = "oneDNN"
-    if packs and onednn.can_convolve(weight):
+    if packs and onednn.is_usable(weight):
         ops["3D convolutions"] = "oneDNN"
     return {**runs, "ops": ops}

@@ -39,7 +39,7 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, for an x that has its earlier frames in front."""
         to_torch = torch.is_grad_enabled() or requested("auto") != "auto"
-        if to_torch or not onednn.can_convolve(self.weight):
+        if to_torch or not onednn.is_usable(self.weight):
             return super().forward(x)
         return onednn.conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
