@@ -295,7 +295,7 @@ def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_pat
     (module,) = (checkout / "nova_kernels").glob("_cuda*.so")
 
     # A later install without it takes it away: an old module must not pass for the new source's.
-    (checkout / "csrc" / "binding.cpp").write_text("#error broken on purpose\n")
+    (checkout / "CMakeLists.txt").write_text('message(FATAL_ERROR "broken on purpose")\n')
     process = run("-c", hook, cwd=checkout, NOVA_CUDA="auto")
     assert process.returncode == 0, process.stdout
     assert "WARNING: installing without the CUDA extension" in process.stdout
