@@ -83,6 +83,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "name": processor_name(),
         "threads": torch.get_num_threads(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),

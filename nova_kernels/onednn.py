@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # Half precision, and what oneDNN calls it.
-HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not the tanh form
 
 
@@ -25,7 +25,7 @@ def is_usable(weight: Tensor) -> bool:
     `torch.backends.mkldnn.enabled = False` turns it off.
     """
     dtype = weight.dtype
-    is_taken = not _has(dtype) if dtype in HALF else dtype == torch.float32
+    is_taken = not _has(dtype) if dtype in _HALF else dtype == torch.float32
     return is_taken and _is_there(weight.device)
 
 
@@ -47,7 +47,7 @@ def _is_there(device: torch.device) -> bool:
 @cache
 def _has(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in float16 or bfloat16 on this CPU (with AVX-512, or better)."""
-    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype]}_supported", None)
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{_HALF[dtype]}_supported", None)
     return is_supported is not None and is_supported()
 
 
@@ -69,8 +69,7 @@ def conv3d(
 ) -> Tensor:
     """`torch.nn.functional.conv3d` for a weight that `is_usable`, without a gradient.
 
-    Half precision is computed in float32 and rounded once. torch leaves it to a loop of its own,
-    which took twenty times as long on an AMD EPYC without AVX-512.
+    Half precision is computed in float32 and rounded once. torch leaves it to a slow loop of its own.
     """
     given = x.float(), weight.float(), bias.float()
     return torch.mkldnn_convolution(*given, padding, stride, (1, 1, 1), 1).to(x.dtype)
@@ -90,7 +89,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False):
         super().__init__()
-        lacks = weight.dtype in HALF and not _has(weight.dtype)
+        lacks = weight.dtype in _HALF and not _has(weight.dtype)
         self._dtype = torch.float32 if lacks else weight.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype))
         # Its strides would be passed over.

@@ -41,7 +41,7 @@ step() {
 # tests SECONDS NAME OPTIONS...: tests that tell at once what fails or hangs, in case they are stopped
 tests() {
     limit=$1 name=$2 && shift 2
-    step "$limit" "$name" "$python" -m pytest -q --tell-at-once -o faulthandler_timeout=60 "$@"
+    step "$limit" "$name" "$python" -m pytest -q --tell-at-once -o faulthandler_timeout=100 "$@"
 }
 
 # fps SECONDS NAME OPTIONS...: frames per second of the released 0.6B model
@@ -52,10 +52,10 @@ fps() {
 }
 
 step 80 build "$python" -m pip install --no-build-isolation -e '.[test]'
-tests 130 op_tests -n 8 tests/test_scale_shift.py tests/test_residual_norm.py \
-    tests/test_linear_gelu.py tests/test_frame_scale_shift.py tests/test_rope3d.py \
-    tests/test_diffusion_step.py tests/test_denoise.py tests/test_block_causal_attention.py \
-    tests/test_backends.py
+# Attention first: one of its tests compiles kernels for a minute.
+tests 130 op_tests -n 8 tests/test_block_causal_attention.py tests/test_scale_shift.py \
+    tests/test_residual_norm.py tests/test_linear_gelu.py tests/test_frame_scale_shift.py \
+    tests/test_rope3d.py tests/test_diffusion_step.py tests/test_denoise.py tests/test_backends.py
 # Only files with tests for a GPU, since each process collects all that it is given. Those of media
 # files use none, and cannot be collected without PyAV. Slow ones are commands that are steps too.
 tests 110 gpu_tests -n 4 --dist loadfile -m 'gpu and not slow' --ignore tests/test_media.py \
