@@ -69,7 +69,7 @@ def conv3d(
 ) -> Tensor:
     """`torch.nn.functional.conv3d` for a weight that `is_usable`, without a gradient.
 
-    Half precision is computed in float32 and rounded once. torch leaves it to a slow loop of its own.
+    Half precision is computed in float32 and rounded once: torch leaves it to a slow loop.
     """
     given = x.float(), weight.float(), bias.float()
     return torch.mkldnn_convolution(*given, padding, stride, (1, 1, 1), 1).to(x.dtype)
