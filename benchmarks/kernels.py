@@ -6,6 +6,8 @@
 
 A case is timed only after its results, and its gradients, were as exact as plain torch's. Ceilings
 are the card's own, measured in the same run: a copy for bytes, a matrix product for operations.
+Forward passes are timed in a CUDA graph, which is how the sampler runs them, and called from Python
+too; backward passes only so, which is how training runs them.
 """
 
 import argparse
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 from ceilings import Ceilings, measure_ceilings
 from compile_report import compile_rows, faults, print_compile_table
+from graph_times import graph_microseconds
 from kernel_cases import KernelCase, kernel_cases
+from kernel_table import print_times
 from measure import is_lost, machine, relative_error, write_rows
 from rich.console import Console
 from rich.table import Table
@@ -155,7 +159,10 @@ def make_inputs(
 
 
 def milliseconds(call: Any) -> float:
-    """Median time of a call on the GPU, caches flushed before each."""
+    """Median time of a call outside of graphs, on the GPU's clock, caches flushed before each.
+
+    Where the GPU waits for the host, that counts.
+    """
     from triton.testing import do_bench
 
     return statistics.median(do_bench(call, warmup=25, rep=100, return_mode="all"))
@@ -182,7 +189,7 @@ def measure(
         return rows
     for direction in directions(case):
         moved, operations = costs(case, direction, dtype)
-        floor = 1e3 * max(moved / limits.bandwidth, operations / limits.rate)
+        floor = max(moved / limits.bandwidth, operations / limits.rate)
         for name, call in calls.items():
             if name in refused:
                 continue
@@ -193,57 +200,55 @@ def measure(
                 "direction": direction,
             }
             try:
-                time = time_of(case, call, direction, device, dtype)
+                times = times_of(case, call, direction, device, dtype)
             except Exception as error:  # of a card or a compiler, such as too little memory
                 rows.append(row | {"refused": f"failed: {in_a_line(error)}"})
                 if is_lost(device):
                     return rows
                 continue
+            seconds = times["microseconds"] / 1e6
             rows.append(
                 row
+                | times
                 | {
-                    "microseconds": 1e3 * time,
-                    "GB_per_s": moved / time / 1e6,
-                    "TFLOP_per_s": operations / time / 1e9,
-                    "share_of_ceiling": floor / time,
+                    "GB_per_s": moved / seconds / 1e9,
+                    "TFLOP_per_s": operations / seconds / 1e12,
+                    "share_of_ceiling": floor / seconds,
                 }
             )
+            if "no_graph" in times and is_lost(device):
+                return rows
     return rows
 
 
-def time_of(
+def times_of(
     case: KernelCase, call: Any, direction: str, device: torch.device, dtype: torch.dtype
-) -> float:
-    """Milliseconds of one direction of one implementation."""
+) -> dict[str, Any]:
+    """Times of one direction of one implementation, for its row.
+
+    Returns:
+        "microseconds", and whether they were "timed" in a "graph" or "eager"; "eager_us"; and as
+        "no_graph" why a forward pass has no time in a graph.
+    """
     backward = direction == "backward"
     inputs = make_inputs(case, device, dtype, backward)
-    if not backward:
-        with torch.no_grad():
-            return milliseconds(lambda: call(*inputs))
-    result = call(*inputs)
-    leaves, grad = [t for t in inputs if t.requires_grad], torch.randn_like(result)
-    return milliseconds(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
+    if backward:
+        result = call(*inputs)
+        leaves, grad = [t for t in inputs if t.requires_grad], torch.randn_like(result)
+        # Training runs no graphs.
+        return _eager(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
+    with torch.no_grad():
+        times = _eager(lambda: call(*inputs))
+        try:
+            in_graph = graph_microseconds(lambda: call(*inputs), times["eager_us"])
+        except Exception as error:  # not all that libraries do can be captured
+            return times | {"no_graph": in_a_line(error)}
+    return times | {"microseconds": in_graph, "timed": "graph"}
 
 
-def print_times(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    table = Table(title=f"Ops on {facts['name']} (torch {facts['torch']})")
-    for column in ("op", "shape", "direction", "implementation"):
-        table.add_column(column)
-    for column in ("us", "GB/s", "TFLOP/s", "of ceiling"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        names = row["op"], row["shape"], row.get("direction", ""), row["implementation"]
-        if "refused" in row:
-            table.add_row(*names, "", "", "", row["refused"], style="dim")
-            continue
-        table.add_row(
-            *names,
-            f"{row['microseconds']:.1f}",
-            f"{row['GB_per_s']:.0f}",
-            f"{row['TFLOP_per_s']:.1f}",
-            f"{row['share_of_ceiling']:.0%}",
-        )
-    Console(width=150).print(table)
+def _eager(call: Any) -> dict[str, Any]:
+    time = 1e3 * milliseconds(call)
+    return {"microseconds": time, "timed": "eager", "eager_us": time}
 
 
 def main() -> int:

@@ -16,8 +16,22 @@ from kernel_testing import needs_triton
 from torch._dynamo.backends.debugging import aot_eager
 
 from nova.config import NAMED_CONFIGS, ModelConfig
+from nova.graph_recording import RecordingError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def in_graphs(monkeypatch):
+    """Calls "captured in graphs", which take two microseconds there."""
+    captured = []
+
+    def graph_microseconds(call, eager_us):
+        captured.append(call())
+        return 2.0
+
+    monkeypatch.setattr(kernels, "graph_microseconds", graph_microseconds)
+    return captured
 
 
 def run(*arguments):
@@ -70,7 +84,7 @@ def test_costs_without_a_gpu(tmp_path):
     assert row["A100_floor_us"] == pytest.approx(row["bytes"] / 2.039e12 * 1e6)
 
 
-def test_torch_compile_is_timed_as_such(monkeypatch):
+def test_torch_compile_is_timed_as_such(monkeypatch, in_graphs):
     """Every case is compiled for its own shape, forward and backward, which run several times."""
     compiled = []
 
@@ -135,7 +149,7 @@ def failing_later(call, monkeypatch):
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_work_that_fails_later_is_refused(monkeypatch, is_lost):
+def test_work_that_fails_later_is_refused(monkeypatch, in_graphs, is_lost):
     case, device = kernel_cases.diffusion_step(2, 4, 6), torch.device("cpu")
     reference = kernels.implementations(case)["reference"]
     failing = failing_later(reference, monkeypatch)
@@ -191,10 +205,66 @@ def test_what_cannot_be_timed_is_left_out(monkeypatch):
     assert all(row["refused"] == "failed: OutOfMemoryError: CUDA out of memory" for row in rows)
 
 
+def measured(monkeypatch):
+    """Rows of plain torch, forward and backward, called in 4 us."""
+    case = kernel_cases.residual_norm(100, 50)
+    reference = kernels.implementations(case)["reference"]
+    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: {"reference": reference})
+    monkeypatch.setattr(kernels, "milliseconds", lambda call: 4e-3)
+    return kernels.measure(case, torch.device("cpu"), torch.float32, Ceilings(1e12, 1e12))
+
+
+def test_forward_passes_are_timed_in_graphs(monkeypatch, in_graphs, capsys):
+    forward, backward = rows = measured(monkeypatch)
+    assert len(in_graphs) == 1 and not in_graphs[0].requires_grad
+    assert (forward["timed"], backward["timed"]) == ("graph", "eager")
+    assert (forward["microseconds"], forward["eager_us"]) == (2.0, 4.0)
+    assert (backward["microseconds"], backward["eager_us"]) == (4.0, 4.0)
+    # Three tensors of 20 kB, at the time that counts.
+    assert forward["GB_per_s"] == pytest.approx(30) and backward["GB_per_s"] == pytest.approx(15)
+    assert forward["share_of_ceiling"] == pytest.approx(0.03)
+    kernels.print_times(rows, {"name": "a card", "torch": "2"})
+    assert "timed" in (text := capsys.readouterr().out) and "eager us" in text
+    assert "no graph" not in text
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_cannot_be_captured_has_its_eager_time(monkeypatch, capsys, is_lost):
+    failed = []
+
+    def fail(call, eager_us):
+        failed.append(call)
+        raise RecordingError("recording failed: operation not permitted")
+
+    monkeypatch.setattr(kernels, "graph_microseconds", fail)
+    monkeypatch.setattr(kernels, "is_lost", lambda device: is_lost and bool(failed))
+    forward, *later = rows = measured(monkeypatch)
+    assert (forward["timed"], forward["microseconds"], forward["eager_us"]) == ("eager", 4.0, 4.0)
+    assert forward["no_graph"] == "RecordingError: recording failed: operation not permitted"
+    assert [row["direction"] for row in later] == ([] if is_lost else ["backward"])
+    kernels.print_times(rows, {"name": "a card", "torch": "2"})
+    assert "no graph:" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_rows_have_times_in_graphs_and_eager_ones():
+    case, device = kernel_cases.scale_shift(72, 1280), torch.device("cuda")
+    limits = Ceilings(1e12, 1e12)
+    rows = kernels.measure(case, device, torch.bfloat16, limits, compiled=False)
+    timed = [row for row in rows if "refused" not in row]
+    assert {row["implementation"] for row in timed} >= {"reference", "triton"}
+    for row in timed:
+        assert row["timed"] == ("graph" if row["direction"] == "forward" else "eager"), row
+        assert row["microseconds"] > 0 and row["eager_us"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_all_ops_are_right_and_timed(tmp_path):
     result = run("--json", tmp_path / "times.json")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
-    assert all(row["microseconds"] > 0 for row in rows if "refused" not in row)
+    timed = [row for row in rows if "refused" not in row]
+    assert all(row["microseconds"] > 0 and row["eager_us"] > 0 for row in timed)
+    ours = [r for r in timed if r["implementation"] in kernels.BACKENDS]
+    assert all(row["timed"] == "graph" for row in ours if row["direction"] == "forward")
