@@ -6,7 +6,7 @@ Counts the values that two activations of the model pass over in a video: GELU b
 layers of every encoder MLP, and SiLU behind every GroupNorm of the VAE decoder. A pass reads or
 writes all of them once; its time is its bytes by the bandwidth of the data sheet. The matrix
 products and convolutions around them read and write as much in either form and are not counted.
-What is printed stands in docs/kernels.md.
+What is printed stands in docs/kernels.md, beside what was measured of it.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def fusions() -> list[Fusion]:
     normed = norm_silu_values(VAEConfig.osp(), (NUM_FRAMES, *config.latent_size))
     return [
         # The library's product adds the bias before it writes. What is left is GELU, which reads
-        # and writes; a kernel that also adds the bias does no less.
+        # and writes, in place too; a kernel that also adds the bias does no less.
         Fusion("bias + GELU in one kernel", hidden, 2, 2),
         # The product writes what GELU would have written.
         Fusion("GELU inside the matrix product", hidden, 2, 0),

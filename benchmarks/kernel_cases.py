@@ -104,6 +104,7 @@ def linear_gelu(rows: int, width: int) -> KernelCase:
             *(w * 0.05 for w in randn(*to, (4 * width, width), (4 * width,))),
         ],
         lambda backend, *t: nova_kernels.linear_gelu(*t, backend=backend),
+        # The least: an implementation that makes GELU apart reads and writes the product once more.
         # Backward, what GELU was applied to is read as well.
         elements=(5 * n + weights, 10 * n + 2 * weights),
         operations=(8 * n * width, 16 * n * width),

@@ -86,23 +86,11 @@ def _row_launches(
 
 
 def _linear_gelu() -> Iterator[CompileCase]:
-    # Many rows, which take the widest tiles; those of a small set and of a frame.
-    sizes = [(3600, width, HALF, "rows") for width in WIDTHS]
-    sizes += [(rows, width, HALF, "rows") for width, rows in product((192, 1024), (8, 720))]
-    sizes.append((3600, 1024, HALF, "columns"))
-    # In float32, and where inputs end inside a tile, there is one setting.
-    for width, dtype in product((192, 1024), (torch.float16, torch.float32)):
-        sizes.append((3600, width, dtype, "rows"))
-    sizes += [(720, width, HALF, "rows") for width in (100, 250)]
-    for (rows, width, dtype, layout), keep_hidden in product(sizes, (False, True)):
-        x, bias = _meta(rows, width, dtype=dtype), _meta(4 * width, dtype=dtype)
-        weight = _meta(4 * width, width, dtype=dtype)
-        if layout == "columns":
-            weight = _meta(width, 4 * width, dtype=dtype).t()
-        case = f"{rows} x {width}, weight by {layout}, {_name(dtype)}"
-        case += ", keeping what GELU is applied to" if keep_hidden else ""
-        launch, *_ = linear_gelu.plan(x, weight, bias, keep_hidden)
-        yield CompileCase("linear_gelu", case, launch)
+    # Of the sizes, only whether they are multiples of 16 makes another kernel.
+    for outputs, dtype in product((4096, 33), DTYPES):
+        x = _meta(3601, outputs, dtype=dtype)
+        case = f"GELU of 3601 x {outputs}, {_name(dtype)}"
+        yield CompileCase("linear_gelu", case, linear_gelu.plan(x, x))
 
 
 def _frame_scale_shift() -> Iterator[CompileCase]:
