@@ -51,18 +51,20 @@ __global__ void __launch_bounds__(kDenoiseThreads, 1)
   GridBarrier grid(a.arrivals);
 
   layers.load_first_weights();
-  tokens.for_owned([&](int token, int place) {
-    tokens.read(token, place);
-    tokens.embed(0, token, place);
-  });
-  grid.sync();
+  tokens.for_owned([&](int token, int place) { tokens.read(token, place); });
+  layers.wait_for_resident_weights();
+  // Every phase is in the code once: a step runs through all of it, and what does not fit the cache
+  // of instructions is fetched again and again.
+#pragma unroll 1
   for (int step = 0; step < a.steps; ++step) {
-    const bool last_step = step + 1 == a.steps;
-    for (int block = 0; block < a.depth; ++block) {
-      layers.template multiply<true>(step, 2 * block, static_cast<const T*>(a.normed));
+    tokens.for_owned([&](int token, int place) { tokens.embed(step, token, place); });
+    grid.sync();
+#pragma unroll 1
+    for (int layer = 0; layer < 2 * a.depth; ++layer) {
+      layers.multiply(step, layer);
       grid.sync();
-      layers.template multiply<false>(step, 2 * block + 1, static_cast<const T*>(a.hidden));
-      grid.sync();
+      if (layer % 2 == 0) continue;
+      const int block = layer / 2;
       tokens.for_owned([&](int token, int place) {
         tokens.add_branch(step, block, token, place);
         if (block + 1 == a.depth) tokens.predict(step, token, place);
@@ -71,25 +73,28 @@ __global__ void __launch_bounds__(kDenoiseThreads, 1)
     }
     // A sample's norm is made of the predictions of all of its tokens.
     if (tokens.renormalises(step)) grid.sync();
-    tokens.for_owned([&](int token, int place) {
-      tokens.update(step, token, place);
-      if (!last_step) tokens.embed(step + 1, token, place);
-    });
-    if (!last_step) grid.sync();
+    tokens.for_owned([&](int token, int place) { tokens.update(step, token, place); });
   }
   wait_for_copies<0>();
 }
 
 using DenoiseKernel = void (*)(DenoiseArguments);
 
+// The kernel for a plan's units.
+template <typename T, int PASSES>
+DenoiseKernel denoise_kernel_for(int units) {
+  if (units <= kFewUnits) return denoise_kernel<T, PASSES, kFewUnits>;
+  if (units <= kSomeUnits) return denoise_kernel<T, PASSES, kSomeUnits>;
+  return denoise_kernel<T, PASSES, kMaxUnits>;
+}
+
 // The kernel for guidance passes and a plan's units.
 template <typename T>
 DenoiseKernel denoise_kernel_for(int passes, int units) {
-  const bool few = units <= kFewUnits;
   switch (passes) {
-    case 1: return few ? denoise_kernel<T, 1, kFewUnits> : denoise_kernel<T, 1, kMaxUnits>;
-    case 2: return few ? denoise_kernel<T, 2, kFewUnits> : denoise_kernel<T, 2, kMaxUnits>;
-    case 3: return few ? denoise_kernel<T, 3, kFewUnits> : denoise_kernel<T, 3, kMaxUnits>;
+    case 1: return denoise_kernel_for<T, 1>(units);
+    case 2: return denoise_kernel_for<T, 2>(units);
+    case 3: return denoise_kernel_for<T, 3>(units);
     default: throw std::invalid_argument("denoise: 1 to 3 passes");
   }
 }

@@ -6,12 +6,11 @@
 
 namespace nova {
 
-constexpr int kChunk = 32;         // inputs of a chunk: the k of two mma, 16 bytes a lane
-constexpr int kMaxGroupShift = 2;  // 2^2 tiles are computed at a time
-constexpr int kWarpShift = 3;      // of the warps, 2^3
-constexpr int kTileShift = 4;      // of a tile's rows, 2^4
-constexpr int kPartsAhead = 8;     // partial sums that a thread asks for before it waits
-constexpr int kQuad = 4;           // neighbouring outputs that a thread adds up and writes
+constexpr int kChunk = 32;     // inputs of a chunk: the k of two mma, 16 bytes a lane
+constexpr int kWarpShift = 3;  // of the warps, 2^3; so many tiles of rows there are at most
+constexpr int kTileShift = 4;  // of a tile's rows, 2^4
+constexpr int kPartsAhead = 8;  // partial sums that a thread asks for before it waits
+constexpr int kQuad = 4;       // neighbouring outputs that a thread adds up and writes
 static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "powers of two");
 
 // T is float16 or bfloat16, UNITS the most units of a cluster that it is compiled for. Between two
@@ -19,60 +18,73 @@ static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "pow
 // for all that they can at once, and indices are made of shifts.
 template <typename T, int UNITS>
 class DenoiseLayers {
-  // Chunks of rows that a warp asks for before it waits. With few units, where clusters are of one
-  // block and a warp has more chunks, there are registers for more.
-  static constexpr int kChunksAhead = UNITS <= kFewUnits ? 10 : 5;
+  // Chunks of rows that a warp asks for before it waits. With few units, where clusters are small
+  // and a warp has more chunks, there are registers for more.
+  static constexpr int kChunksAhead = UNITS <= kSomeUnits ? 10 : 5;
 
  public:
   __device__ DenoiseLayers(const DenoiseArguments& arguments, const DenoiseLayout& layout,
                            const DenoiseMemory& memory)
       : a(arguments),
         slot_bytes(layout.slot),
-        pitch(layout.pitch),
+        columns(layout.columns),
         weights(memory.weights),
         work(memory.work),
+        biases(memory.biases),
         rows(arguments.passes * arguments.tokens),
         tiles((rows + kTile - 1) / kTile),
-        group_shift(tiles > 2 ? kMaxGroupShift : tiles - 1),
+        tiles_shift(tiles > 4 ? 3 : tiles > 2 ? 2 : tiles - 1),
         layers(2 * arguments.depth),
         rank(arguments.cluster_size > 1 ? rank_in_cluster() : 0),
         cluster(static_cast<int>(blockIdx.x) / arguments.cluster_size),
         units(count_units()),
-        chunks(arguments.width / kChunk / arguments.cluster_size),
-        share((units * (kUnit / kQuad) << (kTileShift + group_shift)) / arguments.cluster_size),
+        share((units * (kUnit / kQuad) << (kTileShift + tiles_shift)) / arguments.cluster_size),
         lane(threadIdx.x % kWarpSize),
-        warp(threadIdx.x / kWarpSize) {}
+        tile(threadIdx.x / kWarpSize & ((1 << tiles_shift) - 1)),
+        chunk_group(threadIdx.x / kWarpSize >> tiles_shift),
+        chunk_groups_shift(kWarpShift - tiles_shift),
+        all_chunks(arguments.width / kChunk / arguments.cluster_size),
+        chunks((all_chunks - chunk_group + (1 << chunk_groups_shift) - 1) >> chunk_groups_shift) {}
 
-  // Begins to copy all layers that stay, or the first one.
+  // Begins to copy all layers that stay, or the first one, and reads the biases.
   __device__ void load_first_weights() {
     const int count = resident() ? layers : 1;
+#pragma unroll 1
     for (int layer = 0; layer < count; ++layer) copy_weights(layer, layer);
-  }
-
-  // hidden = silu(layer(in)) if FIRST, else branch = layer(in), for all rows. Warps divide tiles of
-  // rows and chunks of inputs among themselves, so that no two read the same part of a row; blocks
-  // of a cluster divide the inputs once more. Partial sums meet in shared memory.
-  template <bool FIRST>
-  __device__ void multiply(int step, int layer, const T* in) {
-    const char* slice = weights_of(step, layer);
-    const int tile_group = 1 << group_shift;
-    for (int first = 0; first < tiles; first += tile_group) {
-      const int tile = first + (warp & (tile_group - 1));
-      if (tile < tiles) {
-        float sum[UNITS][4] = {};
-        const int chunk_group = warp >> group_shift;
-        // One of those whose sums are added up begins with the bias.
-        if (rank == 0 && chunk_group == 0) begin_with_bias(sum, layer);
-        accumulate(sum, in, slice, tile, chunk_group, kDenoiseWarps >> group_shift);
-        keep_partial(sum);
-      }
-      sync_cluster(a.cluster_size);
-      finish<FIRST>(first);
-      if (first + tile_group < tiles) sync_cluster(a.cluster_size);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < layers * units * kUnit; i += kDenoiseThreads) {
+      const int layer = i / (units * kUnit), column = i % (units * kUnit);
+      const T* bias = static_cast<const T*>(a.layer_bias[layer]);
+      biases[layer * columns + column] =
+          to_float(bias[column_of(column / kUnit) + column % kUnit]);
     }
   }
 
+  // Before the first layer: the weights that stay are there, when the threads have met.
+  __device__ void wait_for_resident_weights() const {
+    if (resident()) wait_for_copies<0>();
+  }
+
+  // For all rows hidden = silu(layer(normed)) if the layer is the first one of a block of the MLP,
+  // else branch = layer(hidden). Warps divide tiles of rows and chunks of inputs among themselves,
+  // so that no two read the same part of a row; blocks of a cluster divide the inputs once more. A
+  // warp writes its partial sums where they are added.
+  __device__ void multiply(int step, int layer) {
+    lane = kept_here(lane), tile = kept_here(tile), chunk_group = kept_here(chunk_group);
+    const char* slice = weights_of(step, layer);
+    if (tile < tiles) {
+      float sum[UNITS][4] = {};
+      accumulate(sum, static_cast<const T*>(is_first(layer) ? a.normed : a.hidden), slice);
+      hand_over(sum);
+    }
+    sync_cluster(a.cluster_size);
+    finish(layer);
+  }
+
  private:
+  // Layers are the first and the second one of each block of the MLP in turn.
+  __device__ static bool is_first(int layer) { return layer % 2 == 0; }
+
   // A layer's units go to clusters in turn: cluster c has unit c and every a.clusters-th one after.
   __device__ int count_units() const {
     const int last = cluster + (a.units - 1) * a.clusters;
@@ -86,9 +98,11 @@ class DenoiseLayers {
   // lanes read them: [unit][chunk][lane], the lane's piece being eight inputs of output lane / 4.
   __device__ void copy_weights(int layer, int slot) {
     const T* weight = static_cast<const T*>(a.layer_weight[layer]) + first_input();
-    const int pieces = chunks * kWarpSize;
+    const int pieces = all_chunks * kWarpSize;
+#pragma unroll 1
     for (int unit = 0; unit < units; ++unit) {
       char* to = weights + slot * slot_bytes + unit * pieces * 16;
+#pragma unroll 4
       for (int piece = threadIdx.x; piece < pieces; piece += kDenoiseThreads) {
         const int at = piece % kWarpSize, chunk = piece / kWarpSize;
         const int output = column_of(unit) + at / 4;
@@ -107,14 +121,10 @@ class DenoiseLayers {
   // This block's slice of a layer, complete. Streaming, the next layer's is begun as well: its slot
   // was read before the last barrier.
   __device__ const char* weights_of(int step, int layer) {
-    int slot = layer;
-    if (resident()) {
-      wait_for_copies<0>();
-    } else {
-      slot = (step * layers + layer) % 2;
-      copy_weights(layer + 1 < layers ? layer + 1 : 0, 1 - slot);
-      wait_for_copies<1>();
-    }
+    if (resident()) return weights + layer * slot_bytes;
+    const int slot = (step * layers + layer) % 2;
+    copy_weights(layer + 1 < layers ? layer + 1 : 0, 1 - slot);
+    wait_for_copies<1>();
     __syncthreads();
     return weights + slot * slot_bytes;
   }
@@ -123,41 +133,31 @@ class DenoiseLayers {
   // that is cheaper than branches, and its sums are left.
   __device__ int existing(int unit) const { return unit < units ? unit : units - 1; }
 
-  __device__ void begin_with_bias(float (&sum)[UNITS][4], int layer) const {
-    const T* bias = static_cast<const T*>(a.layer_bias[layer]) + lane % 4 * 2;
-#pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) {
-      float pair[2];
-      load(bias + column_of(existing(unit)), pair);
-      sum[unit][0] = sum[unit][2] = pair[0], sum[unit][1] = sum[unit][3] = pair[1];
-    }
-  }
-
-  // sum += rows of a tile times all units, over chunks `start`, `start + stride`, ...
-  __device__ void accumulate(float (&sum)[UNITS][4], const T* in, const char* slice, int tile,
-                             int start, int stride) const {
+  // sum += rows of the warp's tile times all units, over its chunks.
+  __device__ void accumulate(float (&sum)[UNITS][4], const T* in, const char* slice) const {
     const int upper = tile * kTile + lane / 4, lower = upper + 8;
     const T* column = in + first_input() + lane % 4 * 8;
     const uint4 zero = {0, 0, 0, 0};
-    for (int begin = start; begin < chunks; begin += stride * kChunksAhead) {
+#pragma unroll 1
+    for (int begin = 0; begin < chunks; begin += kChunksAhead) {
       uint4 above[kChunksAhead], below[kChunksAhead];
 #pragma unroll
       for (int i = 0; i < kChunksAhead; ++i) {
-        const int chunk = begin + i * stride;
+        const int chunk = chunk_group + ((begin + i) << chunk_groups_shift);
         const T* from = column + chunk * kChunk;
-        const bool inside = chunk < chunks;
+        const bool inside = chunk < all_chunks;
         above[i] = inside && upper < rows ? load_16_bytes_through_l2(from + upper * a.width) : zero;
         below[i] = inside && lower < rows ? load_16_bytes_through_l2(from + lower * a.width) : zero;
       }
 #pragma unroll
       for (int i = 0; i < kChunksAhead; ++i) {
-        const int chunk = begin + i * stride;
-        if (chunk >= chunks) break;
+        const int chunk = chunk_group + ((begin + i) << chunk_groups_shift);
+        if (chunk >= all_chunks) break;
         const char* pieces = slice + (chunk * kWarpSize + lane) * 16;
         uint4 piece[UNITS];
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) {
-          const char* from = pieces + existing(unit) * chunks * kWarpSize * 16;
+          const char* from = pieces + existing(unit) * all_chunks * kWarpSize * 16;
           piece[unit] = *reinterpret_cast<const uint4*>(from);
         }
         // A lane has eight neighbouring inputs where the mma wants pairs 2t and 2t + 8 of sixteen:
@@ -178,40 +178,47 @@ class DenoiseLayers {
     }
   }
 
-  __device__ void keep_partial(const float (&sum)[UNITS][4]) {
-    float* upper = work + (warp * kTile + lane / 4) * pitch + lane % 4 * 2;
-    float* lower = upper + 8 * pitch;
+  // What a layer gives is numbered by quads, row after row; blocks of the cluster add up equal
+  // shares. A block has every partial sum of its share: [part][item of the share][kQuad]. Writes
+  // the warp's partial sums to the blocks that add them up.
+  __device__ void hand_over(const float (&sum)[UNITS][4]) {
+    const int part = (rank << chunk_groups_shift) + chunk_group;
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) {
       if (unit >= units) break;
-      upper[unit * kUnit] = sum[unit][0], upper[unit * kUnit + 1] = sum[unit][1];
-      lower[unit * kUnit] = sum[unit][2], lower[unit * kUnit + 1] = sum[unit][3];
+      const int quad = unit * (kUnit / kQuad) + lane % 4 / 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile * kTile + lane / 4 + 8 * half;
+        if (row >= rows) break;
+        const int item = (quad << (kTileShift + tiles_shift)) + row;
+        const int peer = (item >= share) + (item >= 2 * share) + (item >= 3 * share);
+        float* to = work + (part * share + item - peer * share) * kQuad + lane % 2 * 2;
+        store_to_peer(to, peer, sum[unit][2 * half], sum[unit][2 * half + 1]);
+      }
     }
   }
 
   // Adds the partial sums of warps and of the cluster's blocks, always in one order, and writes
-  // what the layer gives for the tiles of a group.
-  template <bool FIRST>
-  __device__ void finish(int first_tile) {
-    const int rows_shift = kTileShift + group_shift;          // of the group's rows
-    const int chunk_groups_shift = kWarpShift - group_shift;  // of the partial sums of a block
+  // what the layer gives.
+  __device__ void finish(int layer) {
+    const int rows_shift = kTileShift + tiles_shift;  // of all tiles' rows
     const int parts = a.cluster_size << chunk_groups_shift;
+#pragma unroll 1
     for (int of_share = threadIdx.x; of_share < share; of_share += kDenoiseThreads) {
       const int item = rank * share + of_share;
-      const int row_of_group = item & ((1 << rows_shift) - 1), quad = item >> rows_shift;
-      const int row = first_tile * kTile + row_of_group;
+      const int row = item & ((1 << rows_shift) - 1);
       if (row >= rows) continue;
-      const int column = column_of(quad * kQuad / kUnit) + quad * kQuad % kUnit;
-      float sum[kQuad] = {};
+      const int of_columns = (item >> rows_shift) * kQuad;
+      float sum[kQuad];
+      load(biases + layer * columns + of_columns, sum);
+#pragma unroll 1
       for (int begin = 0; begin < parts; begin += kPartsAhead) {
         float part[kPartsAhead][kQuad];
 #pragma unroll
         for (int i = 0; i < kPartsAhead; ++i) {
-          const int peer = (begin + i) >> chunk_groups_shift;
-          const int chunk_group = (begin + i) & ((1 << chunk_groups_shift) - 1);
-          const int warp_row = (chunk_group << rows_shift) + row_of_group;
-          const float* mine = work + warp_row * pitch + quad * kQuad;
-          if (begin + i < parts) load_from_peer(mine, peer, part[i]);
+          const float* from = work + ((begin + i) * share + of_share) * kQuad;
+          if (begin + i < parts) load(from, part[i]);
         }
 #pragma unroll
         for (int i = 0; i < kPartsAhead; ++i) {
@@ -219,23 +226,28 @@ class DenoiseLayers {
           for (int j = 0; j < kQuad; ++j) sum[j] += begin + i < parts ? part[i][j] : 0.0f;
         }
       }
-      if (FIRST) {
+      const int to = row * a.width + column_of(of_columns / kUnit) + of_columns % kUnit;
+      if (is_first(layer)) {
 #pragma unroll
-        for (float& value : sum) value = value / (1.0f + __expf(-value));
-        store(static_cast<T*>(a.hidden) + row * a.width + column, sum);
+        for (float& value : sum) value = __fdividef(value, 1.0f + __expf(-value));
+        store(static_cast<T*>(a.hidden) + to, sum);
       } else {
-        store(a.branch + row * a.width + column, sum);
+        store(a.branch + to, sum);
       }
     }
   }
 
   const DenoiseArguments& a;
-  const int slot_bytes, pitch;
+  const int slot_bytes, columns;
   char* const weights;
-  float* const work;
-  const int rows, tiles, group_shift, layers, rank, cluster, units, chunks;
-  const int share;  // of what a group's tiles give, in quads, that a block of the cluster writes
-  const int lane, warp;
+  float *const work, *const biases;
+  const int rows, tiles;
+  const int tiles_shift;  // of the next power of two
+  const int layers, rank, cluster, units;
+  const int share;  // of what a layer gives, in quads, that a block of the cluster adds up
+  int lane, tile, chunk_group;
+  const int chunk_groups_shift;
+  const int all_chunks, chunks;  // of the block, and of this warp
 };
 
 }  // namespace nova

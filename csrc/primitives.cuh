@@ -16,6 +16,13 @@ __device__ inline char* shared_memory() {
   return memory;
 }
 
+// The same value, of which the compiler knows nothing: what is made of it is made where it is used,
+// and not before a loop, to be kept in registers.
+__device__ inline int kept_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Reads of what another SM may have written during this kernel: past L1, which is not coherent.
 __device__ inline uint4 load_16_bytes_through_l2(const void* from) {
   return __ldcg(static_cast<const uint4*>(from));
@@ -107,20 +114,16 @@ __device__ inline void sync_cluster(int cluster_size) {
   __syncthreads();
 }
 
-// The four floats at the place in a peer's shared memory that `mine` has in this block's. A block
-// without a cluster is its own peer 0.
-__device__ inline void load_from_peer(const float* mine, int rank, float (&to)[4]) {
+// Writes two floats to the place in a peer's shared memory that `mine` has in this block's. The
+// peer reads them after the next sync_cluster. A block without a cluster is its own peer 0.
+__device__ inline void store_to_peer(float* mine, int rank, float first, float second) {
   auto address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "r"(address)
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
                : "memory");
 #else
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "r"(address)
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
                : "memory");
 #endif
 }

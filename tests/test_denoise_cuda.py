@@ -98,7 +98,7 @@ def test_weights_that_are_streamed(tokens, width, clusters, cluster_size):
 
 @pytest.mark.parametrize("shape, passes", [((1, 2), 1), ((1, 17), 2), ((3, 13), 2), ((1, 42), 3)])
 def test_numbers_of_rows(shape, passes):
-    """One tile, tiles that are not full, more tiles than are computed at a time, up to 126 rows."""
+    """One tile, tiles that are not full, as many tiles as warps, up to 126 rows."""
     steps = numbers(1, guidance=3.0, image_guidance=1.5)
     given = inputs(shape, passes, 1, torch.float16, depth=1, width=32)
     check(given, steps, emulate(given, steps, plan_for(given, 2, 1)))
@@ -166,7 +166,7 @@ def test_what_is_outside_counts_in_norms_and_evolves(token_dim, seed):
     torch.testing.assert_close(second, result, rtol=1e-2, atol=1e-2)
 
 
-# The second and the third have more tiles of rows than are computed at a time.
+# The second and the third have more tiles of rows than the first.
 @pytest.mark.parametrize(
     "shape, passes, steps, width, cluster_size",
     [((2, 3), 2, 2, 64, 2), ((1, 24), 3, 1, 64, 2), ((1, 42), 3, 1, 32, 1)],

@@ -130,9 +130,11 @@ def shared_bytes(
 ) -> int:
     """Shared memory of a block, as `DenoiseLayout` in csrc/denoise_layout.cuh divides it."""
     slot = units * UNIT * (shape.width // cluster_size) * 2
-    partial_sums = WARPS * TILE * (units * UNIT + 4) * 4
-    rows = shape.passes * shape.width * 4
+    partial_sums = WARPS * TILE * units * UNIT * 4
+    head = shape.passes * 2 * (shape.width + 32) * 2 + WARPS * TILE * shape.passes * 4
     owned = -(-shape.tokens // (clusters * cluster_size))
     per_token = shape.passes * shape.width + (1 + shape.passes) * shape.token_dim + 1
-    sums = 2 * WARPS * shape.passes
-    return weight_slots * slot + max(partial_sums, rows) + (owned * per_token + sums) * 4
+    statistics = 2 * shape.passes * WARPS * 4
+    biases = 2 * shape.depth * units * UNIT
+    kept = owned * per_token + statistics + biases
+    return weight_slots * slot + max(partial_sums, head) + kept * 4

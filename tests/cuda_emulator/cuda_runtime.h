@@ -31,4 +31,5 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

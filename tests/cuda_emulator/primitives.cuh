@@ -13,6 +13,8 @@ inline char* shared_memory() {
   return reinterpret_cast<char*>(emulator::fiber().block->shared.data());
 }
 
+inline int kept_here(int value) { return value; }
+
 inline uint4 load_16_bytes_through_l2(const void* from) {
   return *static_cast<const uint4*>(from);
 }
@@ -83,11 +85,12 @@ inline void sync_cluster(int) {
   emulator::Launch::active->wait_at(emulator::fiber().block->cluster->barrier);
 }
 
-inline void load_from_peer(const float* mine, int rank, float (&to)[4]) {
+inline void store_to_peer(float* mine, int rank, float first, float second) {
   const emulator::Block& block = *emulator::fiber().block;
-  const auto offset = reinterpret_cast<const char*>(mine) - shared_memory();
-  const char* peer = reinterpret_cast<const char*>(block.cluster->blocks[rank]->shared.data());
-  std::memcpy(to, peer + offset, sizeof(to));
+  const auto offset = reinterpret_cast<char*>(mine) - shared_memory();
+  char* peer = reinterpret_cast<char*>(block.cluster->blocks[rank]->shared.data());
+  const float values[2] = {first, second};
+  std::memcpy(peer + offset, values, sizeof(values));
 }
 
 }  // namespace nova
