@@ -107,17 +107,25 @@ def by_one_launch(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
     """The same for the persistent kernel, by the size of its clusters."""
     if not loop.x.is_cuda or extension.obstacle() is not None:
         return {}
-    return {
-        f"one launch, clusters of {size}": partial(one_launch, loop, shape, size)
+    graphs = {
+        f"one launch, clusters of {size}, graph": partial(one_launch, loop, shape, size)
         for size in CLUSTER_SIZES
     }
+    return graphs | {"one launch": partial(one_launch, loop, shape, None)}
 
 
-def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[], Tensor] | None:
-    """The persistent kernel in one division; None where the card or the sizes do not have it."""
+def one_launch(
+    loop: Loop, shape: DenoiseShape, cluster_size: int | None
+) -> Callable[[], Tensor] | None:
+    """The persistent kernel in one division, in a graph; with None as planned, without a graph.
+
+    None where the card or the sizes do not have it.
+    """
     weights, x = loop.weights, loop.x
     if persistent.obstacle(x, loop.condition, weights, loop.steps, None) is not None:
         return None
+    if cluster_size is None:
+        return partial(loop.run, "cuda")
     limits = persistent.device_limits(extension.extension(), x.device, x.dtype, PASSES)
     clusters = {cluster_size: limits.clusters[cluster_size]}
     plan = plan_denoise(shape, dataclasses.replace(limits, clusters=clusters))
@@ -128,7 +136,7 @@ def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[
         vectors = modulate(weights, loop.condition, loop.times)
         return persistent.run(x, vectors, weights, loop.steps, plan=plan)
 
-    return run
+    return captured(run)
 
 
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -245,7 +253,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--token-dim", type=int, default=16)
-    parser.add_argument("--tokens", default="2,11,22,36", help="tokens of the set, one or several")
+    parser.add_argument(
+        "--tokens", default="2,11,22,36,64", help="tokens of the set, one or several"
+    )
     parser.add_argument("--steps", type=int, default=25, help="denoise steps")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU, in float32")

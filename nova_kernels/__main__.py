@@ -63,10 +63,13 @@ def print_ops() -> int:
             errors = ", ".join(f"{name} {error:.0e}" for name, error in entry.errors.items())
             state = f"right ({errors})"
             if not entry.verified:
-                state += "; not verified on a GPU yet: runs only if asked for by name"
+                state += "; not verified on such hardware: runs only if asked for by name"
         default = "*" if entry.default else " "
         print(f"  {default} {entry.op:24} {entry.backend:10} {state}", flush=True)
-    print("* runs by default; an op's `backend`, or NOVA_KERNELS_BACKEND, chooses another")
+    print(
+        "* runs by default, where tensors are large enough; an op's `backend`, or"
+        " NOVA_KERNELS_BACKEND, chooses another"
+    )
     return 1 if wrong else 0
 
 

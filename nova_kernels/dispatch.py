@@ -26,6 +26,8 @@ BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 VARIABLE = "NOVA_KERNELS_BACKEND"
 # Where one backend is asked for all ops: what runs those that it does not have.
 OTHERWISE = {"cuda": "triton", "cpp": "reference"}
+# Compute capabilities (major, minor) of the GPUs that tests and benchmarks ran on.
+VERIFIED_CAPABILITIES = {(9, 0)}
 LIBRARY = library.Library("nova_kernels", "DEF")
 # Looked for once: torch.compile cannot trace a search for modules.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,14 +41,18 @@ class Op:
         name: of the op, of its module in `triton_kernels`, of its tests.
         implementations: those that exist, best first.
         verified: those that passed the tests and won on the hardware that they are for, with a
-            results file in benchmarks/results. Only these are ever chosen automatically.
+            results file in benchmarks/results. Only these are ever chosen automatically, those for
+            GPUs on GPUs of `VERIFIED_CAPABILITIES`.
         max_width: of the tensors' last axis, for kernels that hold whole rows; None: any.
+        least_values: on a GPU nothing but the reference is chosen automatically where no tensor has
+            so many values: launching the others takes the host longer than they gain there.
     """
 
     name: str
     implementations: tuple[str, ...] = ("triton",)
     verified: frozenset[str] = frozenset()
     max_width: int | None = None
+    least_values: int = 0
 
     def choose(self, backend: str, *tensors: Tensor) -> str:
         """The implementation for these tensors: "reference" or one of `implementations`.
@@ -70,8 +76,12 @@ class Op:
         return named
 
     def usable(self, *tensors: Tensor) -> list[str]:
-        """Verified implementations that can run on these tensors, best first."""
-        names = [name for name in self.implementations if name in self.verified]
+        """Verified implementations that can run on these tensors and pay, best first."""
+        device = next((t.device for t in tensors if t.is_cuda), tensors[0].device)
+        if device.type == "cuda" and all(t.numel() < self.least_values for t in tensors):
+            return []
+        verified = self.verified_on(device)
+        names = [name for name in self.implementations if name in verified]
         return [name for name in names if self.obstacle(name, *tensors) is None]
 
     def obstacle(self, backend: str, *tensors: Tensor) -> str | None:
@@ -89,6 +99,14 @@ class Op:
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
         reason = self._limit(*tensors)
         return extension.obstacle() if reason is None and backend == "cuda" else reason
+
+    def verified_on(self, device: torch.device) -> frozenset[str]:
+        """What of `verified` holds on a device."""
+        if device.type != "cuda":
+            return self.verified - {"triton", "cuda"}
+        card = torch.cuda.get_device_properties(device)
+        known = (card.major, card.minor) in VERIFIED_CAPABILITIES
+        return self.verified - {"cpp"} if known else frozenset()
 
     def _limit(self, *tensors: Tensor) -> str | None:
         """What GPU kernels do not take of these tensors."""

@@ -43,7 +43,11 @@ def test_triton_is_as_exact_as_torch(shape, passes, renorm, masked, dtype):
             x, predictions, step, noise=noise, outside=outside, mask=mask, backend="triton"
         )
     by_torch, _ = reference(x, predictions, step, noise, outside, mask)
-    assert_as_exact_as_torch(result, by_torch, right)
+    # One rounding of the largest number that goes in: the result can be far smaller, as the single
+    # value of the first shape is.
+    largest = abs(STEP.prediction) * STEP.guidance * predictions.double().abs().amax(0)
+    rounding = float(largest.norm() / right.norm()) * 2**-24
+    assert_as_exact_as_torch(result, by_torch, right, rounding)
     assert torch.allclose(factors.double(), factor.double(), rtol=1e-5)
     if passes == 1 or renorm == 1:
         assert (factors == 1).all()

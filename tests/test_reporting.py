@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import nova_kernels
 from nova_kernels import reporting
 from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import extension as cuda_extension
-from nova_kernels.dispatch import VARIABLE, Op
+from nova_kernels.dispatch import VARIABLE, VERIFIED_CAPABILITIES, Op
 from nova_kernels.ops import scale_shift
 from nova_kernels.self_check import self_checks
 
@@ -111,11 +112,33 @@ def test_the_variable_speaks_of_all_ops(monkeypatch):
         assert in_cpp.choose("auto", x) == "cpp"
 
 
+@pytest.mark.parametrize(
+    "capability, verified", [((9, 0), {"triton", "cuda"}), ((8, 0), set()), ((12, 0), set())]
+)
+def test_kernels_are_verified_on_the_cards_that_tests_ran_on(monkeypatch, capability, verified):
+    card = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    op = Op("scale_shift", verified=frozenset({"triton", "cuda", "cpp"}))
+    assert op.verified_on(torch.device("cuda", 0)) == verified
+    assert op.verified_on(torch.device("cpu")) == {"cpp"}
+
+
 @needs_triton
-def test_automatic_choice_of_what_is_verified(monkeypatch):
+def test_the_interpreter_is_not_chosen_automatically(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     op = Op("scale_shift", verified=frozenset({"triton"}))
-    assert op.choose("auto", torch.empty(0)) == "triton"
+    assert op.choose("auto", torch.empty(0)) == "reference"
+
+
+@pytest.mark.gpu
+def test_small_tensors_are_left_to_torch():
+    if torch.cuda.get_device_capability() not in VERIFIED_CAPABILITIES:
+        pytest.skip("nothing is verified on this card")
+    op = Op("scale_shift", verified=frozenset({"triton"}), least_values=16)
+    small, large = torch.empty(15, device="cuda"), torch.empty(16, device="cuda")
+    assert op.choose("auto", small) == "reference"
+    assert op.choose("auto", small, large) == "triton"
+    assert op.choose("triton", small) == "triton"
 
 
 def test_torch_compile_can_trace_what_says_whether_an_extension_is_there():

@@ -93,7 +93,7 @@ def choices_of(
             libraries,
             library,
             partial(library, TORCH),
-            frozenset({"triton"} & set(libraries)) - BLOCK_CAUSAL_ATTENTION.verified,
+            frozenset({"triton"} & set(libraries)) - BLOCK_CAUSAL_ATTENTION.verified_on(device),
         )
     ]
     layouts = layouts and not onednn.can_pack(attention[0].qkv.weight)
@@ -128,7 +128,7 @@ def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torc
             if name != default and _competes(op, name, sample)
         ]
     choose = partial(_set_attribute, modules, "backend")
-    unproven = frozenset(candidates) - {"reference"} - op.verified
+    unproven = frozenset(candidates) - {"reference"} - op.verified_on(device)
     return Choice(op.name, stage, tuple(candidates), choose, partial(choose, AUTO), unproven)
 
 

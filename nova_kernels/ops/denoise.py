@@ -43,7 +43,7 @@ from nova_kernels.ops.diffusion_step import StepCoefficients, diffusion_step
 from nova_kernels.ops.residual_norm import residual_norm
 from nova_kernels.ops.scale_shift import scale_shift
 
-OP = Op("denoise", implementations=("cuda", "triton", "cpp"), verified=frozenset({"cpp"}))
+OP = Op("denoise", implementations=("cuda", "triton", "cpp"), verified=frozenset({"cuda", "cpp"}))
 ADA_NORM_EPS = 1e-6
 NORM_EPS = 1e-5
 # Modulation vectors are made for as many steps at once as fit this many bytes.

@@ -22,7 +22,7 @@ from nova_kernels.dispatch import (
     through_operator,
 )
 
-OP = Op("frame_scale_shift")
+OP = Op("frame_scale_shift", verified=frozenset({"triton"}), least_values=2**24)
 MAX_RANK = 128  # of the fused kernels, which keep `down @ silu(current)` in registers
 
 

@@ -21,7 +21,13 @@ from nova_kernels.dispatch import (
 )
 from nova_kernels.rows import MAX_WIDTH
 
-OP = Op("residual_norm", implementations=("triton", "cuda"), max_width=MAX_WIDTH)
+OP = Op(
+    "residual_norm",
+    implementations=("triton", "cuda"),
+    verified=frozenset({"triton", "cuda"}),
+    max_width=MAX_WIDTH,
+    least_values=2**25,
+)
 EPS = 1e-5
 
 

@@ -17,7 +17,7 @@ from nova_kernels.dispatch import (
     written,
 )
 
-OP = Op("rope3d")
+OP = Op("rope3d", verified=frozenset({"triton"}))
 
 
 def rope3d(
