@@ -62,6 +62,20 @@ def test_the_docs_have_what_was_measured_on_a_cpu():
         assert line in docs
 
 
+def test_the_docs_have_what_was_measured_on_a_gpu():
+    file = ROOT / "benchmarks" / "results" / "denoise_h200.json"
+    columns = ["eager", "eager, graph", "Triton, graph", "one launch"]
+    columns.append("one launch, clusters of 4, graph")
+    times = {}
+    for row in json.loads(file.read_text())["rows"]:
+        of_size = times.setdefault((row["tokens"], row["rows"]), {})
+        of_size[row["implementation"]] = f"{row['microseconds_a_step']:.3g}"
+    docs = DOCS.read_text()
+    for (tokens, rows), of_size in times.items():
+        cells = [str(tokens), str(rows), *(of_size[column] for column in columns)]
+        assert f"| {' | '.join(cells)} |" in docs
+
+
 def test_it_measures_on_a_cpu_after_a_gate(tmp_path, monkeypatch, capsys):
     file = tmp_path / "denoise.json"
     options = ["--cpu", "--width", "32", "--depth", "1", "--tokens", "2", "--steps", "2"]
