@@ -44,8 +44,10 @@ class Op:
             results file in benchmarks/results. Only these are ever chosen automatically, those for
             GPUs on GPUs of `VERIFIED_CAPABILITIES`.
         max_width: of the tensors' last axis, for kernels that hold whole rows; None: any.
-        least_values: on a GPU nothing but the reference is chosen automatically where no tensor has
-            so many values: launching the others takes the host longer than they gain there.
+        least_values: where not 0, other implementations than the reference are chosen automatically
+            on a GPU only if some tensor has so many values, no gradient is wanted and torch.compile
+            does not look on. With fewer, launching them takes the host longer than they gain; their
+            backward passes lost to torch's; and torch.compile fuses what it sees.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Op:
     def usable(self, *tensors: Tensor) -> list[str]:
         """Verified implementations that can run on these tensors and pay, best first."""
         device = next((t.device for t in tensors if t.is_cuda), tensors[0].device)
-        if device.type == "cuda" and all(t.numel() < self.least_values for t in tensors):
+        if device.type == "cuda" and not self._pays(*tensors):
             return []
         verified = self.verified_on(device)
         names = [name for name in self.implementations if name in verified]
@@ -99,6 +101,15 @@ class Op:
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
         reason = self._limit(*tensors)
         return extension.obstacle() if reason is None and backend == "cuda" else reason
+
+    def _pays(self, *tensors: Tensor) -> bool:
+        """See `least_values`."""
+        if self.least_values == 0:
+            return True
+        # Before sizes are asked for, which torch.compile would make code of its own for.
+        if through_operator(*tensors):
+            return False
+        return any(t.numel() >= self.least_values for t in tensors)
 
     def verified_on(self, device: torch.device) -> frozenset[str]:
         """What of `verified` holds on a device."""

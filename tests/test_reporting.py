@@ -123,6 +123,24 @@ def test_kernels_are_verified_on_the_cards_that_tests_ran_on(monkeypatch, capabi
     assert op.verified_on(torch.device("cpu")) == {"cpp"}
 
 
+def test_where_launches_pay():
+    """For enough values, unless a gradient is wanted or torch.compile looks on."""
+    op, always = Op("scale_shift", least_values=16), Op("rope3d")
+    small, large = torch.empty(15), torch.empty(16)
+    wanting = torch.empty(16, requires_grad=True)
+    assert op._pays(small, large) and not op._pays(small) and not op._pays(small, wanting)
+    assert always._pays(small) and always._pays(wanting)
+    with torch.no_grad():
+        assert op._pays(wanting)
+
+    def run(x):
+        return x + op._pays(x)
+
+    assert torch.equal(
+        torch.compile(run, fullgraph=True, backend="eager")(torch.ones(16)), torch.ones(16)
+    )
+
+
 @needs_triton
 def test_the_interpreter_is_not_chosen_automatically(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
