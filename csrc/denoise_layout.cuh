@@ -10,7 +10,7 @@ namespace nova {
 
 constexpr int kDenoiseWarps = 8;
 constexpr int kDenoiseThreads = kDenoiseWarps * kWarpSize;
-constexpr int kUnit = 8;   // outputs of a unit: the n of an mma
+constexpr int kUnit = 8;  // outputs of a unit: the n of an mma
 // Most units of a cluster that kernels are compiled for: for clusters of one block, two and four on
 // cards of 132 multiprocessors.
 constexpr int kFewUnits = 2, kSomeUnits = 3, kMaxUnits = 6;
@@ -18,11 +18,11 @@ constexpr int kTile = 16;  // rows of a tile: the m of an mma
 
 // Sizes of what a block keeps in shared memory, in bytes unless they count something else.
 struct DenoiseLayout {
-  int slot;     // one layer's slice of weights
-  int columns;  // number of outputs of a layer that a cluster has at most
+  int slot;         // one layer's slice of weights
+  int columns;      // number of outputs of a layer that a cluster has at most
   int split_pitch;  // of rows before the head; 64 bytes more than the width, for their banks
-  int work;     // partial sums of a layer, or rows before the head and its partial sums
-  int owned;    // number of tokens that a block owns at most
+  int work;         // partial sums of a layer, or rows before the head and its partial sums
+  int owned;        // number of tokens that a block owns at most
 
   __device__ explicit DenoiseLayout(const DenoiseArguments& a) {
     const int blocks = a.clusters * a.cluster_size;
@@ -39,9 +39,9 @@ struct DenoiseLayout {
 
 // The same as addresses. What is owned lies token after token.
 struct DenoiseMemory {
+  int split_pitch;     // as in DenoiseLayout
   char* weights;       // (weight_slots, slot)
   float* work;
-  int split_pitch;
   float* residual;     // (owned, passes, width)
   float* tokens;       // (owned, token_dim)
   float* predictions;  // (owned, passes, token_dim)
