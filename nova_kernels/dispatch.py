@@ -40,9 +40,9 @@ class Op:
     Attributes:
         name: of the op, of its module in `triton_kernels`, of its tests.
         implementations: those that exist, best first.
-        verified: those that passed the tests and won on the hardware that they are for, with a
-            results file in benchmarks/results. Only these are ever chosen automatically, those for
-            GPUs on GPUs of `VERIFIED_CAPABILITIES`.
+        verified: those that passed the tests on the hardware that they are for and were part of
+            what won there, with a results file in benchmarks/results. Only these are ever chosen
+            automatically, those for GPUs on GPUs of `VERIFIED_CAPABILITIES`.
         max_width: of the tensors' last axis, for kernels that hold whole rows; None: any.
         least_values: where not 0, other implementations than the reference are chosen automatically
             on a GPU only if some tensor has so many values, no gradient is wanted and torch.compile

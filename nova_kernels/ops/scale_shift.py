@@ -20,13 +20,7 @@ from nova_kernels.dispatch import (
 )
 from nova_kernels.rows import MAX_WIDTH
 
-OP = Op(
-    "scale_shift",
-    implementations=("triton", "cuda"),
-    verified=frozenset({"triton", "cuda"}),
-    max_width=MAX_WIDTH,
-    least_values=2**25,
-)
+OP = Op("scale_shift", implementations=("triton", "cuda"), max_width=MAX_WIDTH)
 EPS = 1e-6
 
 
