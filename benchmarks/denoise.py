@@ -105,27 +105,21 @@ def by_many_launches(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
 
 def by_one_launch(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
     """The same for the persistent kernel, by the size of its clusters."""
-    if not loop.x.is_cuda or extension.obstacle() is not None:
+    x, steps = loop.x, loop.steps
+    if not x.is_cuda or extension.obstacle() is not None:
+        return {}
+    if persistent.obstacle(x, loop.condition, loop.weights, steps, None) is not None:
         return {}
     graphs = {
         f"one launch, clusters of {size}, graph": partial(one_launch, loop, shape, size)
         for size in CLUSTER_SIZES
     }
-    return graphs | {"one launch": partial(one_launch, loop, shape, None)}
+    return graphs | {"one launch": lambda: partial(loop.run, "cuda")}
 
 
-def one_launch(
-    loop: Loop, shape: DenoiseShape, cluster_size: int | None
-) -> Callable[[], Tensor] | None:
-    """The persistent kernel in one division, in a graph; with None as planned, without a graph.
-
-    None where the card or the sizes do not have it.
-    """
+def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[], Tensor] | None:
+    """The persistent kernel in one division, in a graph; None where the card does not have it."""
     weights, x = loop.weights, loop.x
-    if persistent.obstacle(x, loop.condition, weights, loop.steps, None) is not None:
-        return None
-    if cluster_size is None:
-        return partial(loop.run, "cuda")
     limits = persistent.device_limits(extension.extension(), x.device, x.dtype, PASSES)
     clusters = {cluster_size: limits.clusters[cluster_size]}
     plan = plan_denoise(shape, dataclasses.replace(limits, clusters=clusters))

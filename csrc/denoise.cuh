@@ -3,12 +3,13 @@
 // Blocks share the outputs of every linear layer among themselves and keep their weights in shared
 // memory. Rows of activations go through L2, with a barrier of the whole grid between phases:
 //
-//   first layer  -> hidden   every block
-//   second layer -> branch   every block
-//   residual, norms, and at a step's end prediction, update and embedding:
-//                -> normed   the block that owns the row's token
+//   embedding, norm -> normed   the block that owns the row's token
+//   first layer     -> hidden   every block
+//   second layer    -> branch   every block
+//   residual, norms -> normed   the block that owns the row's token; behind the last layer also
+//                               prediction and update
 //
-// docs/denoise.md counts its bytes and barriers, and says what they should cost.
+// docs/denoise.md counts its bytes and barriers, and says what they cost.
 #pragma once
 
 #include "denoise_layers.cuh"
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kDenoiseThreads, 1)
     for (int layer = 0; layer < 2 * a.depth; ++layer) {
       layers.multiply(step, layer);
       grid.sync();
-      if (layer % 2 == 0) continue;
+      if (layers.is_first(layer)) continue;
       const int block = layer / 2;
       tokens.for_owned([&](int token, int place) {
         tokens.add_branch(step, block, token, place);

@@ -6,11 +6,11 @@
 
 namespace nova {
 
-constexpr int kChunk = 32;     // inputs of a chunk: the k of two mma, 16 bytes a lane
-constexpr int kWarpShift = 3;  // of the warps, 2^3; so many tiles of rows there are at most
-constexpr int kTileShift = 4;  // of a tile's rows, 2^4
+constexpr int kChunk = 32;      // inputs of a chunk: the k of two mma, 16 bytes a lane
+constexpr int kWarpShift = 3;   // of the warps, 2^3; so many tiles of rows there are at most
+constexpr int kTileShift = 4;   // of a tile's rows, 2^4
 constexpr int kPartsAhead = 8;  // partial sums that a thread asks for before it waits
-constexpr int kQuad = 4;       // neighbouring outputs that a thread adds up and writes
+constexpr int kQuad = 4;        // neighbouring outputs that a thread adds up and writes
 static_assert(1 << kWarpShift == kDenoiseWarps && 1 << kTileShift == kTile, "powers of two");
 
 // T is float16 or bfloat16, UNITS the most units of a cluster that it is compiled for. Between two
@@ -45,6 +45,9 @@ class DenoiseLayers {
         chunk_groups_shift(kWarpShift - tiles_shift),
         all_chunks(arguments.width / kChunk / arguments.cluster_size),
         chunks((all_chunks - chunk_group + (1 << chunk_groups_shift) - 1) >> chunk_groups_shift) {}
+
+  // Layers are the first and the second one of each block of the MLP in turn.
+  __device__ static bool is_first(int layer) { return layer % 2 == 0; }
 
   // Begins to copy all layers that stay, or the first one, and reads the biases.
   __device__ void load_first_weights() {
@@ -82,9 +85,6 @@ class DenoiseLayers {
   }
 
  private:
-  // Layers are the first and the second one of each block of the MLP in turn.
-  __device__ static bool is_first(int layer) { return layer % 2 == 0; }
-
   // A layer's units go to clusters in turn: cluster c has unit c and every a.clusters-th one after.
   __device__ int count_units() const {
     const int last = cluster + (a.units - 1) * a.clusters;
