@@ -4,14 +4,16 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_testing import DEVICE
+from kernel_testing import DEVICE, needs_triton
 from reference_stand_in import StandInPipeline
 from small_models import SMALL, SMALL_ROTARY, sample, small_model, small_prompts
 from test_engine import counted_graphs
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import nova
@@ -255,6 +257,29 @@ def test_choices_of_a_model(monkeypatch):
         assert "triton" not in choice.candidates  # interpreted on a CPU
     model.set_backend("reference")  # named: nothing to choose
     assert {c.name for c in choices_of(model, CPU)}.isdisjoint({"denoise", "rope3d"})
+
+
+@needs_triton
+@pytest.mark.parametrize("capability, default", [((9, 0), "auto"), ((8, 0), "reference")])
+def test_ops_chosen_by_size_compete_with_that_choice(monkeypatch, capability, default):
+    """On a GPU where they are on by default for large tensors: else tuning would turn them off."""
+    card = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    model = small_model(SMALL_ROTARY)
+    with FakeTensorMode():  # there is no GPU
+        found = {choice.name: choice for choice in choices_of(model, torch.device("cuda", 0))}
+    for name in ("residual_norm", "linear_gelu"):
+        assert found[name].candidates[0] == default
+        assert {"reference", "triton"} <= set(found[name].candidates)
+        assert ("triton" in found[name].unproven) == (default == "reference")
+        assert default not in found[name].unproven
+    block = model.image_encoder.blocks[0]
+    found["linear_gelu"].set("triton")
+    assert block.mlp.backend == "triton"
+    found["linear_gelu"].set(default)
+    assert block.mlp.backend == default
+    # Of others there is one default for all sizes.
+    assert found["rope3d"].candidates[0] == ("triton" if default == "auto" else "reference")
 
 
 def test_together():

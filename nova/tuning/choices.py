@@ -119,16 +119,18 @@ def choices_of(
 
 def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torch.device) -> Choice:
     sample = torch.empty(0, device=device)
-    default = op.choose(AUTO, sample)
+    is_free = requested(modules[0].backend) == AUTO
+    # What runs without a choice may be one implementation for some sets and another for others.
+    default = AUTO if is_free and op.chosen_by_size(device) else op.choose(AUTO, sample)
     candidates = [default]
-    if requested(modules[0].backend) == AUTO:
+    if is_free:
         candidates += [
             name
             for name in ("reference", *op.implementations)
             if name != default and _competes(op, name, sample)
         ]
     choose = partial(_set_attribute, modules, "backend")
-    unproven = frozenset(candidates) - {"reference"} - op.verified_on(device)
+    unproven = frozenset(candidates) - {AUTO, "reference"} - op.verified_on(device)
     return Choice(op.name, stage, tuple(candidates), choose, partial(choose, AUTO), unproven)
 
 
