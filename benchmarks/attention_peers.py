@@ -4,14 +4,14 @@ A peer takes q, k and v, (batch, heads, tokens, head_dim) each, and maybe keys a
 of them, and returns a tensor like q. It serves one sequence of bidirectional blocks.
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova.attention_libraries import LIBRARIES
+from nova.libraries.attention import LIBRARIES
+from nova.libraries.packages import installed_packages
 from nova_kernels.block_layout import BlockLayout
 
 Attend = Callable[..., Tensor]
@@ -26,9 +26,8 @@ def attention_peers(layout: BlockLayout, prefix: int) -> dict[str, Attend]:
     }
     if not prefix:
         peers["FlexAttention"] = flex_attention(layout)
-    if importlib.util.find_spec("flash_attn"):
-        peers["flash-attn by block"] = by_block(layout, LIBRARIES["flash-attn"])
-    return peers
+    packages = [name for name in installed_packages() if name in LIBRARIES]
+    return peers | {f"{name} by block": by_block(layout, LIBRARIES[name]) for name in packages}
 
 
 def with_mask(layout: BlockLayout, prefix: int) -> Attend:

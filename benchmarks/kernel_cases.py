@@ -10,6 +10,8 @@ from attention_peers import attention_peers
 from torch import Tensor
 
 import nova_kernels
+from nova.libraries.linear_gelu import LIBRARIES
+from nova.libraries.packages import installed_packages
 from nova_kernels.block_layout import BlockLayout
 from nova_kernels.head_weights import HeadWeights
 
@@ -26,6 +28,7 @@ class KernelCase:
         run: (backend, *inputs) -> result. The reference is plain torch (for attention, SDPA by
             block).
         peers: *inputs -> result, by name: what is neither ours nor torch.compile of the reference.
+        forward_peers: such that have no gradient.
         elements: values read and written, forward and backward (None: no gradient).
         operations: multiplications and additions, of matrix products alone, in the same order.
         num_tables: how many of the last inputs never have a gradient.
@@ -37,6 +40,7 @@ class KernelCase:
     make: Callable[[torch.device, torch.dtype], list[Any]]
     run: Run
     peers: dict[str, Run] = field(default_factory=dict)
+    forward_peers: dict[str, Run] = field(default_factory=dict)
     elements: tuple[int, int | None] = (0, None)
     operations: tuple[int, int] = (0, 0)
     num_tables: int = 0
@@ -58,6 +62,9 @@ def kernel_cases() -> list[KernelCase]:
         diffusion_step(24, 36, 16),
         denoise(1, 22, 16, width=1280, depth=3, steps=25),
         denoise(24, 22, 16, width=1280, depth=3, steps=25),
+        attention("image encoder", [1800], heads=16, head_dim=64, batch=2),
+        # A sixth of batch 24: the exact result, in float64 with all scores, has to fit too.
+        attention("image encoder", [1800], heads=16, head_dim=64, batch=8),
         attention("one clip of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=1),
         attention("4 clips of 9 frames", [618] + [360] * 8, heads=16, head_dim=64, batch=4),
         attention("frame 8, cached", [360], heads=16, head_dim=64, batch=2, prefix=618 + 7 * 360),
@@ -104,6 +111,9 @@ def linear_gelu(rows: int, width: int) -> KernelCase:
             *(w * 0.05 for w in randn(*to, (4 * width, width), (4 * width,))),
         ],
         lambda backend, *t: nova_kernels.linear_gelu(*t, backend=backend),
+        forward_peers={
+            name: call for name, call in LIBRARIES.items() if name in installed_packages()
+        },
         # The least: an implementation that makes GELU apart reads and writes the product once more.
         # Backward, what GELU was applied to is read as well.
         elements=(5 * n + weights, 10 * n + 2 * weights),

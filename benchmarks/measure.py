@@ -16,6 +16,7 @@ import torch
 
 from nova.devices import PeakMemory, idle_graph_bytes
 from nova.errors import InputError
+from nova.libraries.packages import installed_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,6 +92,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["name"] = torch.cuda.get_device_name(device)
         facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+        facts["packages"] = installed_packages()
     return facts
 
 

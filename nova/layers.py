@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nova_kernels import block_causal_attention, linear_gelu, residual_norm, rotate_heads
+from nova_kernels.dispatch import through_operator
 from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 
-from .attention_libraries import TORCH, attend
+from .libraries import TORCH
+from .libraries import linear_gelu as gelu_libraries
+from .libraries.attention import attend
 
 
 @dataclass
@@ -64,12 +67,12 @@ class Attention(nn.Module):
 
     Attributes:
         backend: of the ops, see `nova_kernels.dispatch`.
-        attention_library: of attention without a mask, see `attention_libraries`.
+        library: of attention without a mask, see `libraries.attention`.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.backend, self.attention_library = "auto", TORCH
+        self.backend, self.library = "auto", TORCH
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -114,7 +117,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if block_lengths is None or len(block_lengths) == 1:
-            out = attend(q, k, v, self.attention_library)
+            out = attend(q, k, v, self.library)
         else:
             prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
             k, v = k[:, :, earlier:], v[:, :, earlier:]
@@ -153,16 +156,22 @@ class Mlp(nn.Module):
 
     Attributes:
         backend: of the first layer with its activation, see `nova_kernels.dispatch`.
+        library: in place of that op, see `libraries.linear_gelu`. Not where gradients are wanted,
+            nor under torch.compile.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.backend = "auto"
+        self.backend, self.library = "auto", TORCH
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
+        if self.library != TORCH and is_plain(fc1):
+            tensors = x, fc1.weight, fc1.bias
+            if not through_operator(*tensors):
+                return self.fc2(gelu_libraries.linear_gelu(*tensors, self.library))
         if LINEAR_GELU.choose(self.backend, x) == "reference" or not is_plain(fc1):
             return self.fc2(F.gelu(fc1(x)))
         return self.fc2(linear_gelu(x, fc1.weight, fc1.bias, backend=self.backend))

@@ -74,6 +74,7 @@ step 30 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # card (one process compiles all kernels for it), what torch.compile makes of sampling and of the ops,
 # whole videos with text encoder and VAE, and other backends of the ops.
 fps 200 tuned --batch 1 4 --run-latents 1 --repeats 2 --no-compile --tune --no-stages
+fps 200 tuned_batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --tune --no-stages
 step 240 streaming "$python" benchmarks/streaming.py --json "$out/streaming.json" \
     --plot "$out/streaming.png"
 step 150 ops "$python" -m nova_kernels

@@ -1,38 +1,21 @@
-"""What block-causal attention is timed against computes the same, flash-attn by a stand-in."""
-
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+"""What block-causal attention is timed against computes the same, packages by stand-ins."""
 
 import pytest
 import torch
 from kernel_cases import attention
 from kernels import gate
-from torch.nn import functional as F
+from library_stand_ins import FLASH_MODULES, stand_in
 
+from nova.libraries import packages
 from nova_kernels.block_layout import BlockLayout
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 4, 5]
-PEER = "flash-attn by block"
 
 
-@pytest.fixture
-def pairs_computed(monkeypatch):
-    """flash-attn is there, made of torch; (queries, keys) of every call are in the list."""
-    calls = []
-
-    def flash_attn_func(q, k, v):
-        """(batch, tokens, heads, head_dim) each, as flash-attn's own."""
-        calls.append((q.shape[1], k.shape[1]))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    module = ModuleType("flash_attn")
-    module.__spec__ = ModuleSpec("flash_attn", None)
-    module.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return calls
+@pytest.fixture(params=FLASH_MODULES)
+def package(request):
+    return request.param
 
 
 def small_case(prefix=0):
@@ -44,9 +27,11 @@ def reference_of(case):
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
-def test_flash_attn_equals_the_reference_on_the_visible_pairs_alone(pairs_computed, prefix):
+def test_packages_equal_the_reference_on_the_visible_pairs_alone(monkeypatch, package, prefix):
+    pairs_computed = stand_in(monkeypatch, package)
     case = small_case(prefix)
-    calls = {"reference": reference_of(case), PEER: case.peers[PEER]}
+    name = f"{package} by block"
+    calls = {"reference": reference_of(case), name: case.peers[name]}
     # Results and all gradients are as exact as the reference's.
     assert gate(case, calls, CPU, torch.float16) == {}
     assert pairs_computed == [(7, prefix + 7), (4, prefix + 11), (5, prefix + 16)]
@@ -54,17 +39,19 @@ def test_flash_attn_equals_the_reference_on_the_visible_pairs_alone(pairs_comput
     assert sum(queries * keys for queries, keys in pairs_computed) == visible
 
 
-def test_flash_attn_is_refused_in_float32(pairs_computed):
+def test_packages_are_refused_in_float32(monkeypatch, package):
+    pairs_computed = stand_in(monkeypatch, package)
     case = small_case()
-    calls = {"reference": reference_of(case), PEER: case.peers[PEER]}
+    name = f"{package} by block"
+    calls = {"reference": reference_of(case), name: case.peers[name]}
     refused = gate(case, calls, CPU, torch.float32)
-    assert "float32" in refused[PEER] and not refused[PEER].startswith("wrong")
+    assert "float32" in refused[name] and not refused[name].startswith("wrong")
     assert pairs_computed == []
 
 
-def test_without_flash_attn_there_is_no_such_peer(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert PEER not in small_case().peers
+def test_without_packages_there_are_no_such_peers(monkeypatch):
+    monkeypatch.setattr(packages, "version_of", lambda name: None)
+    assert not any("flash-attn" in name for name in small_case().peers)
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

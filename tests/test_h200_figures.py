@@ -93,6 +93,13 @@ def test_where_the_time_goes_at_batch_24():
         assert f"| {seconds[kind]:.2f} s | {count / rate:.2f} s |" in DOCS
     assert f"| norms and residuals | {seconds['norms']:.2f} s |" in DOCS
     assert f"| everything else, and gaps | {run - sum(seconds.values()):.2f} s |" in DOCS
+    text = " ".join(DOCS.split())
+    published = f"would be {seconds['attention'] * 395 / 460:.2f} s in place of"
+    assert f"{published} {seconds['attention']:.2f} s at batch 24" in text
+    # What GELU reads and writes, two bytes each.
+    moved = 4 * operations[1] / (2 * CONFIG.image_encoder.embed_dim)
+    copying = moved / (results("fps")["machine"]["copy_GB_per_s"] * 1e9)
+    assert f"moves {moved / 1e12:.1f} TB a latent frame, {copying:.2f} s" in text
     reached = operations[0] / seconds["attention"] / 1e12
     assert f"at {reached:.0f} of {rate / 1e12:.0f} TFLOP/s" in DOCS
 

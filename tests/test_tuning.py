@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_testing import DEVICE, needs_triton
+from kernel_testing import needs_triton
 from reference_stand_in import StandInPipeline
 from small_models import SMALL, SMALL_ROTARY, sample, small_model, small_prompts
 from test_engine import counted_graphs
@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import nova
-from nova.attention_libraries import attend, installed_libraries
 from nova.cli.app import app
 from nova.errors import DeviceError, InputError
 from nova.guidance import Guidance
@@ -74,35 +73,6 @@ def prefer(monkeypatch, *preferred):
 
 def strides(model):
     return {name: tensor.stride() for name, tensor in model.state_dict().items()}
-
-
-# Libraries of attention --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("library", [*installed_libraries(CPU), "triton"])
-@pytest.mark.parametrize("queries, keys", [(5, 5), (3, 20)])
-def test_attention_libraries(library, queries, keys):
-    device = DEVICE if library == "triton" else CPU
-    q, k, v = (torch.randn(2, 3, n, 32, device=device) for n in (queries, keys, keys))
-    expected = (q.double() @ k.double().mT / 32**0.5).softmax(-1) @ v.double()
-    torch.testing.assert_close(attend(q, k, v, library), expected.float())
-
-
-def test_a_library_that_cannot_says_what_it_was_given():
-    q = torch.randn(1, 2, 4, 32)
-    with pytest.raises(BackendError, match=r"CUDNN_ATTENTION cannot take torch.float32.*on cpu"):
-        attend(q, q, q, "cudnn")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_libraries_on_a_gpu(dtype):
-    q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=dtype) for n in (100, 357, 357))
-    expected = (q.double() @ k.double().mT / 8).softmax(-1) @ v.double()
-    for library in installed_libraries(q.device):
-        torch.testing.assert_close(
-            attend(q, k, v, library).double(), expected, atol=2e-2, rtol=2e-2, msg=library
-        )
 
 
 # One choice --------------------------------------------------------------------------------------
@@ -288,11 +258,11 @@ def test_together():
     before = strides(model)
     all_of_them = together(of_stage, [choice.candidates[-1] for choice in of_stage])
     all_of_them.set("tuned")
-    assert model.image_encoder.blocks[0].attn.attention_library == "math"
+    assert model.image_encoder.blocks[0].attn.library == "math"
     assert model.image_encoder.blocks[-1].mlp.fc2.weight.stride()[0] == 1
     all_of_them.set("default")
     assert strides(model) == before
-    assert model.image_encoder.blocks[0].attn.attention_library == "torch"
+    assert model.image_encoder.blocks[0].attn.library == "torch"
 
 
 def test_another_library_or_layout_is_recorded_anew():
@@ -340,14 +310,14 @@ def test_what_was_chosen_is_used_until_it_is_undone(pipe, monkeypatch):
     before, model = strides(pipe.transformer), pipe.transformer
     nova.tune(pipe, **FAST)
     block = model.image_encoder.blocks[0]
-    assert block.attn.attention_library == "math" and model.image_decoder.backend == "reference"
+    assert block.attn.library == "math" and model.image_decoder.backend == "reference"
     assert block.attn.qkv.weight.stride() == (1, block.attn.qkv.out_features)
     assert set(type(p) for p in block.parameters()) == {nn.Parameter}
     pipe.to("cpu")  # nothing moves
     assert pipe.tuning is not None
     pipe.to(torch.float64)
     assert pipe.tuning is None and nova.report(pipe).tuning is None
-    assert strides(model) == before and block.attn.attention_library == "torch"
+    assert strides(model) == before and block.attn.library == "torch"
     assert model.image_decoder.backend == "auto"
 
 
@@ -357,7 +327,7 @@ def test_offloading_undoes_it(pipe, monkeypatch):
     pipe.enable_model_cpu_offload("cpu")
     assert pipe.tuning is None
     nova.tune(pipe, **FAST)
-    assert pipe.transformer.image_encoder.blocks[0].attn.attention_library == "math"
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "math"
 
 
 def test_a_saved_pipeline_is_laid_out_as_usual(pipe, monkeypatch, tmp_path):
@@ -384,7 +354,7 @@ def test_gains_that_do_not_add_up_are_not_kept(pipe, monkeypatch):
     assert Stage.IMAGE_ENCODER.value in measured
     chosen = {entry.choice: entry.chosen for entry in record.measurements}
     assert chosen["attention"] == "torch" and chosen["weights of mlp.fc1"] == ROWS
-    assert pipe.transformer.image_encoder.blocks[0].attn.attention_library == "torch"
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
 
 
 def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypatch):
@@ -399,7 +369,7 @@ def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypat
     with pytest.raises(DeviceError, match="smaller batch_size"):
         nova.tune(pipe, **FAST)
     assert pipe.tuning is None and strides(pipe.transformer) == before
-    assert pipe.transformer.image_encoder.blocks[0].attn.attention_library == "torch"
+    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
 
 
 def test_bad_sizes(pipe):

@@ -16,7 +16,8 @@ from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 from nova_kernels.ops.residual_norm import OP as RESIDUAL_NORM
 from nova_kernels.ops.rope3d import OP as ROPE
 
-from ..attention_libraries import TORCH, installed_libraries
+from ..libraries import TORCH, attention, linear_gelu
+from ..libraries.packages import installed_packages
 from ..model import NOVATransformer
 
 AUTO = "auto"
@@ -42,7 +43,7 @@ class Choice:
         name: of what is chosen.
         stage: the part of a step that it changes.
         candidates: the first is what runs without a choice.
-        unproven: candidates that were not verified on a GPU.
+        unproven: candidates that nobody verified on a GPU, packages of others among them.
         set: makes a model run with a candidate.
         undo: makes it run as before.
     """
@@ -83,20 +84,11 @@ def choices_of(
             nothing to choose where sampling packs the weights (`packed_blocks`).
     """
     blocks = list(model.image_encoder.blocks)
-    attention = [block.attn for block in blocks]
-    libraries = installed_libraries(device)
-    library = partial(_set_attribute, attention, "attention_library")
-    choices = [
-        Choice(
-            "attention",
-            Stage.IMAGE_ENCODER,
-            libraries,
-            library,
-            partial(library, TORCH),
-            frozenset({"triton"} & set(libraries)) - BLOCK_CAUSAL_ATTENTION.verified_on(device),
-        )
-    ]
-    layouts = layouts and not onednn.can_pack(attention[0].qkv.weight)
+    attentions, mlps = [block.attn for block in blocks], [block.mlp for block in blocks]
+    libraries = attention.installed_libraries(device)
+    own = frozenset({"triton"}) - BLOCK_CAUSAL_ATTENTION.verified_on(device)
+    choices = [_library_choice("attention", attentions, libraries, own)]
+    layouts = layouts and not onednn.can_pack(attentions[0].qkv.weight)
     for name in LINEAR_LAYERS if layouts else ():
         lay_out = partial(_lay_out, [block.get_submodule(name) for block in blocks])
         choices.append(
@@ -109,12 +101,37 @@ def choices_of(
             )
         )
     choices.append(_backend_choice(RESIDUAL_NORM, Stage.IMAGE_ENCODER, blocks, device))
-    mlps = [block.mlp for block in blocks]
     choices.append(_backend_choice(LINEAR_GELU, Stage.IMAGE_ENCODER, mlps, device))
+    if requested(mlps[0].backend) == AUTO:
+        libraries = linear_gelu.installed_libraries(device)
+        choices.append(_library_choice("library of linear_gelu", mlps, libraries))
     if model.config.rotary_pos_embed:
-        choices.append(_backend_choice(ROPE, Stage.IMAGE_ENCODER, attention, device))
+        choices.append(_backend_choice(ROPE, Stage.IMAGE_ENCODER, attentions, device))
     choices.append(_backend_choice(DENOISE, Stage.DENOISE, [model.image_decoder], device))
     return [choice for choice in choices if len(choice.candidates) > 1]
+
+
+def _library_choice(
+    name: str,
+    modules: list[nn.Module],
+    libraries: tuple[str, ...],
+    unproven: frozenset[str] = frozenset(),
+) -> Choice:
+    """The choice of the library of modules in the image encoder.
+
+    Args:
+        unproven: libraries, beside the packages of others.
+    """
+    unproven |= frozenset(installed_packages())
+    choose = partial(_set_attribute, modules, "library")
+    return Choice(
+        name,
+        Stage.IMAGE_ENCODER,
+        libraries,
+        choose,
+        partial(choose, TORCH),
+        unproven & frozenset(libraries),
+    )
 
 
 def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torch.device) -> Choice:

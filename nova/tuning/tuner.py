@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..attention_libraries import flash_attn_version
 from ..devices import free_memory, out_of_memory
 from ..engine import SamplingGraphs
 from ..errors import InputError
 from ..graph_recording import CUDARecorder
 from ..guidance import Guidance
+from ..libraries.packages import installed_packages
 from ..model import NOVATransformer
 from ..request import Request
 from ..schedule import DiffusionSchedule, set_sizes
@@ -250,7 +250,7 @@ def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str,
         "threads": None if on_gpu else torch.get_num_threads(),
         "nova": __version__,
         "torch": str(torch.__version__),
-        "flash_attn": flash_attn_version(),
+        "packages": installed_packages(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "cuda_graphs": cuda_graphs,
         "geometry": model.config.to_dict(),

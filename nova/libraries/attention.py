@@ -1,8 +1,8 @@
 """Attention without a mask, by any of the libraries that compute it."""
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nova_kernels import block_causal_attention
 from nova_kernels.errors import BackendError
 
-TORCH = "torch"  # what torch chooses by itself
+from . import TORCH
+from .packages import FLASH_ATTN, FLASH_ATTN_3, FLASH_ATTN_4, installed_packages
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
@@ -29,16 +30,39 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
         ) from error
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The package flash-attn; see `attend`."""
-    # Imported late: on a machine without CUDA the package may be installed and not importable.
+    # Imported late: on a machine without CUDA such packages may be there and not importable.
     from flash_attn import flash_attn_func
 
+    return _flash_attention(flash_attn_func, q, k, v)
+
+
+@torch.compiler.disable  # which need not look into another compiler
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The package flash-attn-3, for Hopper; see `attend`."""
+    from flash_attn_interface import flash_attn_func
+
+    return _flash_attention(flash_attn_func, q, k, v)
+
+
+@torch.compiler.disable
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The package flash-attn-4, for Hopper and later, compiled at the first call; see `attend`."""
+    from flash_attn.cute import flash_attn_func
+
+    with torch.cuda.device_of(q):  # the current device's stream is where it runs
+        return _flash_attention(flash_attn_func, q, k, v)
+
+
+def _flash_attention(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise BackendError(f"flash-attn takes float16 and bfloat16, not {q.dtype}")
+        raise BackendError(f"FlashAttention takes float16 and bfloat16, not {q.dtype}")
     # It has tokens before heads.
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flash_attn_func(q, k, v).transpose(1, 2)
+    result = function(*(x.transpose(1, 2) for x in (q, k, v)))
+    # Of some releases it gives the scores' log-sum-exp, too.
+    out = result[0] if isinstance(result, tuple) else result
+    return out.transpose(1, 2)
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,12 +75,14 @@ def triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 LIBRARIES = {
-    TORCH: F.scaled_dot_product_attention,
+    TORCH: F.scaled_dot_product_attention,  # by the kernel that torch chooses
     "flash": partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION),
     "cudnn": partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION),
     "efficient": partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION),
     "math": partial(sdpa, kernel=SDPBackend.MATH),
-    "flash-attn": flash_attn,
+    FLASH_ATTN: flash_attn_2,
+    FLASH_ATTN_3: flash_attn_3,
+    FLASH_ATTN_4: flash_attn_4,
     "triton": triton,
 }
 
@@ -83,16 +109,7 @@ def installed_libraries(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return (TORCH, "math")
     names = [TORCH, "flash", "cudnn", "efficient"]
-    if importlib.util.find_spec("flash_attn") is not None:
-        names.append("flash-attn")
+    names += [name for name in installed_packages() if name in LIBRARIES]
     if importlib.util.find_spec("triton") is not None:
         names.append("triton")
     return tuple(names)
-
-
-def flash_attn_version() -> str | None:
-    """Of the installed flash-attn; None: there is none."""
-    try:
-        return metadata.version("flash_attn")
-    except metadata.PackageNotFoundError:
-        return None
