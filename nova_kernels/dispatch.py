@@ -111,10 +111,6 @@ class Op:
             return False
         return any(t.numel() >= self.least_values for t in tensors)
 
-    def chosen_by_size(self, device: torch.device) -> bool:
-        """Whether "auto" may take one implementation for small tensors and another for large."""
-        return device.type == "cuda" and self.least_values > 0 and bool(self.verified_on(device))
-
     def verified_on(self, device: torch.device) -> frozenset[str]:
         """What of `verified` holds on a device."""
         if device.type != "cuda":

@@ -231,25 +231,23 @@ def test_choices_of_a_model(monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("capability, default", [((9, 0), "auto"), ((8, 0), "reference")])
-def test_ops_chosen_by_size_compete_with_that_choice(monkeypatch, capability, default):
-    """On a GPU where they are on by default for large tensors: else tuning would turn them off."""
+def test_implementations_compete_with_what_runs_without_a_choice(monkeypatch, capability, default):
+    """On a GPU that is one or another by size: by any single name tuning would lose the others."""
     card = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     model = small_model(SMALL_ROTARY)
     with FakeTensorMode():  # there is no GPU
         found = {choice.name: choice for choice in choices_of(model, torch.device("cuda", 0))}
-    for name in ("residual_norm", "linear_gelu"):
-        assert found[name].candidates[0] == default
+    for name in ("residual_norm", "linear_gelu", "rope3d", "denoise"):
+        assert found[name].candidates[0] == default not in found[name].unproven
         assert {"reference", "triton"} <= set(found[name].candidates)
-        assert ("triton" in found[name].unproven) == (default == "reference")
-        assert default not in found[name].unproven
+        is_verified = default == "auto" and name != "denoise"
+        assert ("triton" in found[name].unproven) == (not is_verified)
     block = model.image_encoder.blocks[0]
     found["linear_gelu"].set("triton")
     assert block.mlp.backend == "triton"
     found["linear_gelu"].set(default)
     assert block.mlp.backend == default
-    # Of others there is one default for all sizes.
-    assert found["rope3d"].candidates[0] == ("triton" if default == "auto" else "reference")
 
 
 def test_together():

@@ -137,8 +137,9 @@ def _library_choice(
 def _backend_choice(op: Op, stage: Stage, modules: list[nn.Module], device: torch.device) -> Choice:
     sample = torch.empty(0, device=device)
     is_free = requested(modules[0].backend) == AUTO
-    # What runs without a choice may be one implementation for some sets and another for others.
-    default = AUTO if is_free and op.chosen_by_size(device) else op.choose(AUTO, sample)
+    # On a GPU what runs without a choice depends on the size of a set, and may be none by name.
+    varies = device.type == "cuda" and op.verified_on(device)
+    default = AUTO if is_free and varies else op.choose(AUTO, sample)
     candidates = [default]
     if is_free:
         candidates += [
