@@ -110,8 +110,22 @@ def test_the_fastest_is_chosen(monkeypatch):
 
 
 def test_a_small_gain_changes_nothing(monkeypatch):
-    clock = Clock(monkeypatch, {"first": 10.0, "little": 9.6})
+    clock = Clock(monkeypatch, {"first": 10.0, "little": 9.91})
     assert measure(clock.choice, clock.work, CPU).chosen == clock.current == "first"
+
+
+@pytest.mark.parametrize(
+    "times, chosen",
+    [
+        ({"default": [10.0, 11.0], "other": [9.8, 9.9]}, "other"),  # 2 % in every turn
+        ({"default": [10.0, 11.0], "other": [9.8, 10.1]}, "default"),  # 2 %, maybe by chance
+        ({"default": [10.0, 11.0], "other": [9.4, 12.0]}, "other"),  # 6 % at best
+        ({"default": [10.0, 11.0], "noisy": [9.6, 10.1], "other": [9.8, 9.9]}, "other"),
+        ({"default": [10.0, 11.0], "fast": [9.0, 9.1], "other": [9.8, 9.9]}, "fast"),
+    ],
+)
+def test_a_gain_in_every_turn_counts_more(times, chosen):
+    assert measuring._fastest(times, "default") == chosen
 
 
 @pytest.mark.parametrize(

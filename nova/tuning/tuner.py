@@ -80,10 +80,11 @@ def tune(
     """Choose the attention library, the layout of weights and the ops' implementations.
 
     Candidates take turns on a step in the middle of a frame, for some seconds. One that is faster
-    by 5 % than what runs by default, and computes the same up to rounding, is taken. What was found
-    is kept in the user's cache folder ($NOVA_CACHE, else ~/.cache/nova-kernels) for the card, the
-    versions and the sizes, so that it is measured once. Print what is returned, or
-    `nova.report(pipe)`, to see it. Moving or converting the pipeline undoes it.
+    than what runs by default, by 5 %, or by 1 % if each of its turns was, and computes the same up
+    to rounding, is taken. What was found is kept in the user's cache folder ($NOVA_CACHE, else
+    ~/.cache/nova-kernels) for the card, the versions and the sizes, so that it is measured once.
+    Print what is returned, or `nova.report(pipe)`, to see it. Moving or converting the pipeline
+    undoes it.
 
     Implementations that are not verified on a GPU yet are candidates too; they run first in another
     process, which takes memory for a second model and some ten seconds. With CUDA graphs on
