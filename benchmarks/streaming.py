@@ -67,7 +67,8 @@ def make_row(runs: WayRuns, workload: Workload, rate: float) -> Row:
         "latent_frames": workload.num_frames,
         "steps": workload.num_steps,
         "diffusion_steps": workload.num_diffusion_steps,
-        "tile_latents": runs.way.tile_latents,
+        "tile_latents": runs.way.tiles.latents,
+        "first_frame_alone": runs.way.tiles.first_frame_alone,
         "rate": rate,
     }
     if runs.refused is not None:

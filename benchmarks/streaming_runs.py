@@ -17,33 +17,48 @@ ALLOWED_LEVELS = 2
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How the VAE cuts time.
+
+    Attributes:
+        latents: latent frames that it decodes together.
+        first_frame_alone: the first one by itself, before.
+    """
+
+    latents: int
+    first_frame_alone: bool = False
+
+
+@dataclass(frozen=True)
 class Way:
     """A way to get the pixels of a clip.
 
     Attributes:
         name: for tables.
         streams: piece by piece; else by a call, all at once.
-        tile_latents: latent frames that the VAE decodes together.
+        tiles: see `Tiles`.
         overlaps: the VAE decodes while the next frame is sampled; needs a GPU.
     """
 
     name: str
     streams: bool
-    tile_latents: int
+    tiles: Tiles
     overlaps: bool = False
 
 
 def ways(device: torch.device, tile_latents: int) -> list[Way]:
     """All ways of a device; `tile_latents` is what the VAE was trained for.
 
-    Of each size of tiles the call, which others are compared with, comes first.
+    Of each kind of tiles the call, which others are compared with, comes first.
     """
     found = []
-    for tile in dict.fromkeys((tile_latents, 2)):
-        suffix = "" if tile == tile_latents else f", tiles of {tile}"
-        found += [Way(f"call{suffix}", False, tile), Way(f"stream{suffix}", True, tile)]
+    trained = Tiles(tile_latents)
+    for tiles in dict.fromkeys((trained, Tiles(tile_latents, True), Tiles(2, True))):
+        suffix = "" if tiles.latents == tile_latents else f", tiles of {tiles.latents}"
+        suffix += ", first frame alone" if tiles.first_frame_alone else ""
+        found += [Way(f"call{suffix}", False, tiles), Way(f"stream{suffix}", True, tiles)]
         if device.type == "cuda":
-            found.append(Way(f"stream{suffix}, overlapped", True, tile, overlaps=True))
+            found.append(Way(f"stream{suffix}, overlapped", True, tiles, overlaps=True))
     return found
 
 
@@ -135,14 +150,14 @@ def _take_turn(
     pipe: nova.NOVAPipeline,
     one: WayRuns,
     request: dict[str, Any],
-    right: dict[int, np.ndarray],
+    right: dict[Tiles, np.ndarray],
     *,
     is_timed: bool,
 ) -> str:
     """Run a way, and add its time, or check its frames; why it is refused, or how long it took.
 
     Args:
-        right: the frames to compare with by latent frames of a tile; the first ones are added.
+        right: the frames to compare with by kind of tiles; the first ones are added.
     """
     peak = PeakBytes(pipe.device)
     try:
@@ -154,14 +169,15 @@ def _take_turn(
     if is_timed:
         one.runs.append(arrivals)
     else:
-        one.refused = _difference(frames, right.setdefault(one.way.tile_latents, frames))
+        one.refused = _difference(frames, right.setdefault(one.way.tiles, frames))
     return one.refused or f"{arrivals.last_s:.3g} s"
 
 
 def _run(pipe: nova.NOVAPipeline, way: Way, request: dict[str, Any]) -> tuple[Arrivals, np.ndarray]:
     """When frames arrived, and the frames (T, H, W, 3) uint8."""
     request = {**request, "generator": torch.Generator(pipe.device).manual_seed(0)}
-    pipe.vae.module.tile_latents = way.tile_latents
+    pipe.vae.module.tile_latents = way.tiles.latents
+    pipe.vae.module.first_frame_alone = way.tiles.first_frame_alone
     pieces, frames = [], []
     synchronize(pipe.device)
     start = time.perf_counter()

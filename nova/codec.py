@@ -158,6 +158,7 @@ class LatentCodec:
             self.decode,
             tile_latents=self.module.tile_latents if self.is_video else 1,
             overlap=1 if self.is_video else 0,
+            first_frame_alone=self.is_video and self.module.first_frame_alone,
             in_channels=self.latent_channels,
             no_pixels=self._no_pixels,
         )

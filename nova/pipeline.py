@@ -320,7 +320,8 @@ class NOVAPipeline:
         Takes the options of a call. The pixel frames put together equal those of the call; given
         frames come with the first piece. The VAE finishes frames a tile at a time; after
         `pipe.vae.module.tile_latents = 2`, every latent frame from the second on gives its pixels
-        at once (calls use that setting too, so both stay equal). With `max_batch_size`, the frames
+        at once, and with `pipe.vae.module.first_frame_alone = True` so does the first (calls use
+        these settings too, so both stay equal). With `max_batch_size`, the frames
         of the first part's samples come first, then those of the next: see
         `StreamedFrames.samples`. A stream does not split a batch by itself.
 

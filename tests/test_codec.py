@@ -206,6 +206,9 @@ def test_video_stream(codec):
     assert [part.shape[2] for part in parts] == [0, 9, 8, 4]
     streamed = torch.cat(parts, dim=2)
     torch.testing.assert_close(streamed, codec.decode(latents), atol=1e-5, rtol=1e-4)
+    codec.module.first_frame_alone = True
+    first = codec.stream().push(latents[:, :, :1])
+    torch.testing.assert_close(first, codec.decode(latents)[:, :, :1], atol=1e-5, rtol=1e-4)
 
 
 def test_streamed_pieces_are_alike(codec, image_codec):

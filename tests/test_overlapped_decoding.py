@@ -72,14 +72,15 @@ def stream(pipe, **options):
     return pipe.stream(PROMPTS, generator=generator, **options)
 
 
-@pytest.mark.parametrize("tile_latents", [2, 5])
+@pytest.mark.parametrize("tile_latents, first_frame_alone", [(2, False), (5, False), (5, True)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_batch_size": 1}, {"image": torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()}],
     ids=["plain", "parts", "given"],
 )
-def test_overlapped_decoding_gives_the_same_items(pipe, tile_latents, options):
+def test_overlapped_decoding_gives_the_same_items(pipe, tile_latents, first_frame_alone, options):
     pipe.vae.module.tile_latents = tile_latents
+    pipe.vae.module.first_frame_alone = first_frame_alone
     expected = list(stream(pipe, **options))
     overlapped = list(stream(pipe, overlap_decoding=True, **options))
     assert len(overlapped) == len(expected)

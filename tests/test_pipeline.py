@@ -303,11 +303,12 @@ def test_output_is_indexed_as_diffusers_has_it(pipe):
     assert output[0] is output.frames is output["frames"]
 
 
-@pytest.mark.parametrize("tile_latents", [2, 5])
+@pytest.mark.parametrize("tile_latents, first_frame_alone", [(2, False), (2, True), (5, False)])
 @pytest.mark.parametrize("given", [False, True])
-def test_stream_equals_the_call(tiny_video_folder, tile_latents, given):
+def test_stream_equals_the_call(tiny_video_folder, tile_latents, first_frame_alone, given):
     pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
     pipe.vae.module.tile_latents = tile_latents
+    pipe.vae.module.first_frame_alone = first_frame_alone
     options = {**FAST, "max_latent_length": 4, "output_type": "pt"}
     if given:
         options["image"] = picture()
@@ -317,8 +318,10 @@ def test_stream_equals_the_call(tiny_video_folder, tile_latents, given):
     assert [item.index for item in items] == list(range(int(given), 4))
     assert torch.equal(items[-1].latents, whole.latents[:, :, -1])
     if tile_latents == 2:
-        # Every latent frame gives its pixels at once, once two are there.
-        assert [i.frames.shape[1] for i in items] == ([5, 4, 4] if given else [0, 5, 4, 4])
+        # Every latent frame gives its pixels at once, the first one alone or once two are there.
+        first = [1, 4] if first_frame_alone else [0, 5]
+        expected = [sum(first), 4, 4] if given else [*first, 4, 4]
+        assert [i.frames.shape[1] for i in items] == expected
 
 
 def test_stream_of_an_image(tiny_image_folder):

@@ -9,7 +9,7 @@ import pytest
 import streaming
 import streaming_runs
 import torch
-from streaming_runs import Arrivals, Way, WayRuns, run_ways, ways
+from streaming_runs import Arrivals, Tiles, Way, WayRuns, run_ways, ways
 
 import nova
 
@@ -19,12 +19,15 @@ SMALL_CALL = ["--latents", "3", "--steps", "2", "--diffusion-steps", "2", "--rep
 
 def test_ways():
     names = [way.name for way in ways(CPU, 5)]
-    assert names == ["call", "stream", "call, tiles of 2", "stream, tiles of 2"]
-    assert [way.name for way in ways(CPU, 2)] == ["call", "stream"]
+    alone, of_two = ", first frame alone", ", tiles of 2, first frame alone"
+    suffixes = ("", alone, of_two)
+    assert names == [f"{kind}{suffix}" for suffix in suffixes for kind in ("call", "stream")]
+    assert [way.name for way in ways(CPU, 2)] == names[:4]
     on_gpu = ways(torch.device("cuda"), 5)
-    assert [way.overlaps for way in on_gpu] == [False, False, True] * 2
+    assert [way.overlaps for way in on_gpu] == [False, False, True] * 3
     # Others are compared with the call of the same tiles, which comes first.
-    assert [way.tile_latents for way in on_gpu if not way.streams] == [5, 2]
+    calls = [way.tiles for way in on_gpu if not way.streams]
+    assert calls == [Tiles(5), Tiles(5, True), Tiles(2, True)]
 
 
 def test_when_playing_can_start():
@@ -38,7 +41,7 @@ def test_when_playing_can_start():
 
 def test_the_median_run():
     runs = [Arrivals(((seconds, 1),)) for seconds in (3.0, 1.0, 2.0, 9.0)]
-    assert WayRuns(Way("call", False, 5), runs).median.last_s == 2.0
+    assert WayRuns(Way("call", False, Tiles(5)), runs).median.last_s == 2.0
 
 
 @pytest.fixture
@@ -58,15 +61,16 @@ REQUEST = {
 def test_runs(pipe):
     said = []
     seen = run_ways(pipe, ways(CPU, 5), REQUEST, repeats=2, say=said.append)
-    assert len(said) == 4 * 3 and said[0].startswith("first run, call: ")
+    assert len(said) == 6 * 3 and said[0].startswith("first run, call: ")
     for one in seen:
         assert one.refused is None and len(one.runs) == 2 and one.peak_bytes > 0
         assert one.median.num_frames == 9
-    call, stream, _, small_tiles = seen
+    call, stream, _, first_alone, _, small_tiles = seen
     assert len(call.median.pieces) == 1
     # All three latent frames are in one tile of five; tiles of two share a latent frame.
     assert [frames for _, frames in stream.median.pieces] == [9]
-    assert [frames for _, frames in small_tiles.median.pieces] == [5, 4]
+    assert [frames for _, frames in first_alone.median.pieces] == [1, 8]
+    assert [frames for _, frames in small_tiles.median.pieces] == [1, 4, 4]
 
 
 def test_wrong_pixels_are_not_timed(pipe, monkeypatch):
@@ -77,7 +81,7 @@ def test_wrong_pixels_are_not_timed(pipe, monkeypatch):
             yield piece + np.uint8(3) if way.name == "stream" else piece
 
     monkeypatch.setattr(streaming_runs, "_pieces", wrong)
-    call, stream = run_ways(pipe, ways(CPU, 2), REQUEST, repeats=1)
+    call, stream = run_ways(pipe, ways(CPU, 5)[:2], REQUEST, repeats=1)
     assert call.refused is None and len(call.runs) == 1
     assert stream.refused.startswith("wrong: differs from the call by") and not stream.runs
 
@@ -97,7 +101,7 @@ def test_missing_frames_are_noticed(pipe, monkeypatch):
 
 def test_what_fails_is_said(pipe):
     # Decoding beside sampling needs a GPU.
-    overlapped = Way("overlapped", True, 5, overlaps=True)
+    overlapped = Way("overlapped", True, Tiles(5), overlaps=True)
     call, failed = run_ways(pipe, [ways(CPU, 5)[0], overlapped], REQUEST, repeats=1)
     assert call.refused is None
     assert failed.refused.startswith("failed: DeviceError: overlap_decoding needs a GPU")
@@ -108,7 +112,7 @@ def test_rows_are_kept_as_they_come(tiny_video_folder, tmp_path, monkeypatch):
 
     def broken(*arguments):
         calls.append(1)
-        if len(calls) == 7:  # in the first turn behind that of warming up
+        if len(calls) == 9:  # in the first turn behind that of warming up
             raise KeyboardInterrupt
         return run(*arguments)
 
@@ -144,7 +148,7 @@ def test_a_lost_gpu_takes_no_other_way_along(pipe, monkeypatch):
     names, said, kept = failing_from(4, monkeypatch), [], []
     call, stream = run_ways(
         pipe,
-        ways(CPU, 2),
+        ways(CPU, 5)[:2],
         REQUEST,
         repeats=3,
         say=said.append,
@@ -196,7 +200,7 @@ def test_command(tiny_video_folder, tmp_path, monkeypatch, capsys):
     files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     assert run_command(monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL, *files) == 0
     printed = capsys.readouterr().out
-    assert "T=3 A=2 D=2" in printed and "stream, tiles of 2" in printed
+    assert "T=3 A=2 D=2" in printed and "stream, tiles of 2, first frame alone" in printed
     assert "at 12 frames a second" in printed
     content = json.loads((tmp_path / "s.json").read_text())
     row = content["rows"][-1]
@@ -234,7 +238,7 @@ def test_bad_options(monkeypatch, capsys, tiny_video_folder, arguments, message)
 def test_what_is_wrong_fails(tiny_video_folder, monkeypatch, capsys):
     monkeypatch.setattr(streaming_runs, "_difference", lambda frames, expected: "wrong: so it is")
     assert run_command(monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL) == 1
-    assert capsys.readouterr().out.count("wrong: so it is") == 4
+    assert capsys.readouterr().out.count("wrong: so it is") == 6
 
 
 @pytest.mark.gpu

@@ -253,9 +253,26 @@ def test_encoding_tiles(vae, frames):
 
 @pytest.mark.parametrize("tile_latents", [2, 3, 5])
 @pytest.mark.parametrize("length", range(1, 11))
-def test_stream_equals_decode(vae, tile_latents, length):
-    """However the latents come: one by one, all at once, in odd pieces, some of them empty."""
+def test_the_first_frame_alone(vae, tile_latents, length):
+    """It is that of an image; the others are as without."""
     vae.tile_latents = tile_latents
+    latents = latents_of(length, 2, 3)
+    without = vae.decode(latents)
+    vae.first_frame_alone = True
+    pixels = vae.decode(latents)
+    assert pixels.shape == without.shape
+    assert torch.equal(pixels[:, :, 0], vae.decode(latents[:, :, 0]))
+    assert torch.equal(pixels[:, :, 1:], without[:, :, 1:])
+    if length > 1:
+        assert not torch.equal(pixels[:, :, 0], without[:, :, 0])
+
+
+@pytest.mark.parametrize("first_frame_alone", [False, True])
+@pytest.mark.parametrize("tile_latents", [2, 3, 5])
+@pytest.mark.parametrize("length", range(1, 11))
+def test_stream_equals_decode(vae, tile_latents, first_frame_alone, length):
+    """However the latents come: one by one, all at once, in odd pieces, some of them empty."""
+    vae.tile_latents, vae.first_frame_alone = tile_latents, first_frame_alone
     latents = latents_of(length, 2, 2)
     decoded = vae.decode(latents)
     # Random cut points, with one doubled for an empty piece.
@@ -275,6 +292,15 @@ def test_stream_of_two_latent_tiles_gives_frames_at_once(vae):
     frames = [stream.push(latent).shape[2] for latent in latents_of(4).split(1, dim=2)]
     assert frames == [0, 5, 4, 4]
     assert stream.finish().shape == (1, 3, 0, 32, 48)
+
+
+@pytest.mark.parametrize("tile_latents, expected", [(2, [1, 4, 4, 4, 4]), (4, [1, 0, 0, 12, 0])])
+def test_stream_with_the_first_frame_alone_gives_it_at_once(vae, tile_latents, expected):
+    vae.tile_latents, vae.first_frame_alone = tile_latents, True
+    stream = vae.stream()
+    frames = [stream.push(latent).shape[2] for latent in latents_of(5).split(1, dim=2)]
+    assert frames == expected
+    assert stream.finish().shape[2] == 17 - sum(expected)
 
 
 def test_stream_of_one_latent(vae):

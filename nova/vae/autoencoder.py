@@ -28,7 +28,8 @@ class CausalVideoVAE(nn.Module):
     latents are the same without the third axis. Inputs are moved to the module's device and dtype.
 
     Time is cut into tiles that overlap by one latent, because GroupNorm sees a whole tile:
-    `tile_latents` is part of the result, and 5 is what the released model was trained for.
+    `tile_latents` is part of the result, and 5 is what the released model was trained for. So is
+    `first_frame_alone`.
 
     Without gradients, a tile whose plain forward pass would take more than `memory_budget` bytes
     is computed frame by frame instead (see `framewise`), with the same result to rounding.
@@ -39,6 +40,8 @@ class CausalVideoVAE(nn.Module):
         memory_budget: bytes that hidden tensors may take; "auto": 6 GB on a CPU, most of the free
             memory on a GPU; None: no limit. It is a goal: a few frames of every layer must fit in
             any case, and weights are not counted.
+        first_frame_alone: decode the first latent frame by itself, as that of an image, so that a
+            stream gives its frame at once; the first tile comes behind it, without that frame.
 
     Raises:
         InputError: `tile_latents` below 2.
@@ -49,10 +52,13 @@ class CausalVideoVAE(nn.Module):
         config: VAEConfig,
         tile_latents: int = 5,
         memory_budget: int | str | None = AUTO,
+        *,
+        first_frame_alone: bool = False,
     ):
         super().__init__()
         self.config = config
         self.tile_latents = tile_latents
+        self.first_frame_alone = first_frame_alone
         self.memory_budget = memory_budget
         self.tiling: SpatialTiling | None = None
         self.encoder = Encoder(config)
@@ -184,6 +190,7 @@ class CausalVideoVAE(nn.Module):
         return StreamingDecoder(
             decode_tile,
             self.tile_latents,
+            first_frame_alone=self.first_frame_alone,
             in_channels=self.config.latent_channels,
             no_pixels=self._no_pixels,
         )

@@ -19,6 +19,8 @@ class StreamingDecoder:
         tile_latents: latents of a tile.
         overlap: latents that a tile shares with the one before. As many frames are dropped at its
             beginning: at most one, which stands for one frame.
+        first_frame_alone: the first latent is a tile of its own, so that its frame is there at
+            once, in front of the others, of which the first then drops as many.
         in_channels: C.
         no_pixels: latents to pixels of no frame (B, 3, 0, H, W), for empty results.
     """
@@ -29,12 +31,14 @@ class StreamingDecoder:
         tile_latents: int,
         overlap: int = 1,
         *,
+        first_frame_alone: bool = False,
         in_channels: int,
         no_pixels: Callable[[Tensor], Tensor],
     ):
         self._decode_tile = decode_tile
         self._tile_latents = tile_latents
         self._overlap = overlap
+        self._first_frame_alone = first_frame_alone
         self._in_channels = in_channels
         self._no_pixels = no_pixels
         self._pending: Tensor | None = None
@@ -67,7 +71,7 @@ class StreamingDecoder:
         else:
             self._pending = torch.cat([self._pending, latents.to(self._pending)], dim=2)
         finished = []
-        while self._pending.shape[2] >= self._tile_latents:
+        while self._pending.shape[2] >= self._next_length:
             finished.append(self._next_tile())
         return self._join(finished)
 
@@ -87,13 +91,18 @@ class StreamingDecoder:
         self._finished = True
         return self._join(rest)
 
+    @property
+    def _next_length(self) -> int:
+        """Latents of the next tile, if there are so many."""
+        return 1 if self._first_frame_alone and not self._started else self._tile_latents
+
     def _next_tile(self) -> Tensor:
-        tile = self._pending[:, :, : self._tile_latents]
-        pixels = self._decode_tile(tile)
+        length = self._next_length
+        pixels = self._decode_tile(self._pending[:, :, :length])
         if self._started:
             pixels = pixels[:, :, self._overlap :]
         self._started = True
-        self._pending = self._pending[:, :, self._tile_latents - self._overlap :]
+        self._pending = self._pending[:, :, length - self._overlap :]
         return pixels
 
     def _join(self, pieces: list[Tensor]) -> Tensor:
