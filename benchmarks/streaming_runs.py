@@ -55,7 +55,7 @@ def ways(device: torch.device, tile_latents: int) -> list[Way]:
     trained = Tiles(tile_latents)
     for tiles in dict.fromkeys((trained, Tiles(tile_latents, True), Tiles(2, True))):
         suffix = "" if tiles.latents == tile_latents else f", tiles of {tiles.latents}"
-        suffix += ", first frame alone" if tiles.first_frame_alone else ""
+        suffix += ", first alone" if tiles.first_frame_alone else ""
         found += [Way(f"call{suffix}", False, tiles), Way(f"stream{suffix}", True, tiles)]
         if device.type == "cuda":
             found.append(Way(f"stream{suffix}, overlapped", True, tiles, overlaps=True))
@@ -95,11 +95,17 @@ class Arrivals:
 
 @dataclass
 class WayRuns:
-    """What was seen of a way: timed runs, or why there are none."""
+    """What was seen of a way: timed runs, or why there are none.
+
+    Attributes:
+        levels: of 256, by which a value differs on average from that of the first way's tiles;
+            None: nothing to compare with.
+    """
 
     way: Way
     runs: list[Arrivals]
     peak_bytes: int = 0
+    levels: float | None = None
     refused: str | None = None
 
     @property
@@ -132,7 +138,9 @@ def run_ways(
         for one in seen:
             if one.refused is not None:
                 continue
-            verdict = _take_turn(pipe, one, request, right, is_timed=turn > 0)
+            verdict = _take_turn(
+                pipe, one, request, right, first_tiles=chosen[0].tiles, is_timed=turn > 0
+            )
             say(f"{'first run' if turn == 0 else f'turn {turn}'}, {one.way.name}: {verdict}")
             if turn > 0 or one.refused is not None:
                 keep(_known(seen))
@@ -152,12 +160,14 @@ def _take_turn(
     request: dict[str, Any],
     right: dict[Tiles, np.ndarray],
     *,
+    first_tiles: Tiles,
     is_timed: bool,
 ) -> str:
     """Run a way, and add its time, or check its frames; why it is refused, or how long it took.
 
     Args:
         right: the frames to compare with by kind of tiles; the first ones are added.
+        first_tiles: of the first way.
     """
     peak = PeakBytes(pipe.device)
     try:
@@ -170,6 +180,9 @@ def _take_turn(
         one.runs.append(arrivals)
     else:
         one.refused = _difference(frames, right.setdefault(one.way.tiles, frames))
+        by_first = right.get(first_tiles)
+        if by_first is not None and by_first.shape == frames.shape:
+            one.levels = float(np.abs(frames.astype(int) - by_first.astype(int)).mean())
     return one.refused or f"{arrivals.last_s:.3g} s"
 
 

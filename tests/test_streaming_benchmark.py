@@ -19,7 +19,7 @@ SMALL_CALL = ["--latents", "3", "--steps", "2", "--diffusion-steps", "2", "--rep
 
 def test_ways():
     names = [way.name for way in ways(CPU, 5)]
-    alone, of_two = ", first frame alone", ", tiles of 2, first frame alone"
+    alone, of_two = ", first alone", ", tiles of 2, first alone"
     suffixes = ("", alone, of_two)
     assert names == [f"{kind}{suffix}" for suffix in suffixes for kind in ("call", "stream")]
     assert [way.name for way in ways(CPU, 2)] == names[:4]
@@ -71,6 +71,7 @@ def test_runs(pipe):
     assert [frames for _, frames in stream.median.pieces] == [9]
     assert [frames for _, frames in first_alone.median.pieces] == [1, 8]
     assert [frames for _, frames in small_tiles.median.pieces] == [1, 4, 4]
+    assert call.levels == stream.levels == 0 < first_alone.levels < small_tiles.levels
 
 
 def test_wrong_pixels_are_not_timed(pipe, monkeypatch):
@@ -200,7 +201,7 @@ def test_command(tiny_video_folder, tmp_path, monkeypatch, capsys):
     files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     assert run_command(monkeypatch, "--model", str(tiny_video_folder), *SMALL_CALL, *files) == 0
     printed = capsys.readouterr().out
-    assert "T=3 A=2 D=2" in printed and "stream, tiles of 2, first frame alone" in printed
+    assert "T=3 A=2 D=2" in printed and "stream, tiles of 2, first alone" in printed
     assert "at 12 frames a second" in printed
     content = json.loads((tmp_path / "s.json").read_text())
     row = content["rows"][-1]
