@@ -22,7 +22,7 @@ from card_facts import card_facts
 from ceilings import measure_ceilings
 from fps_measure import measure
 from fps_plot import check_plot, plot
-from fps_rows import Row
+from fps_rows import Row, speeds
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--run-latents",
         type=int,
         help="run only so many latent frames, which count as their share of a video; default: all, "
-        "of released geometries as many as the plain sampler makes in 30 seconds",
+        "of released geometries as many as the plain sampler makes in 10 seconds",
     )
     add("--sets", type=int, help="run only so many sets of the first frame")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -96,9 +96,11 @@ class Results:
         if self._path is not None:
             write_rows(self._path, "fps.py", self._facts, self.rows + rows)
 
-    def finish_batch(self) -> None:
-        """What comes is of another batch size."""
-        self.rows, self._of_batch = self.rows + self._of_batch, []
+    def finish_batch(self) -> list[Row]:
+        """What comes is of another batch size. Returns the rows of this one."""
+        finished, self._of_batch = self._of_batch, []
+        self.rows = self.rows + finished
+        return finished
 
 
 def main() -> int:
@@ -172,7 +174,8 @@ def main() -> int:
                 parser.error(str(error))
             except torch.OutOfMemoryError:
                 print("not enough memory", file=sys.stderr, flush=True)
-            results.finish_batch()
+            finished = results.finish_batch()
+            print(f"  frames a second: {speeds(finished)}", file=sys.stderr, flush=True)
             # The graphs and their models, which would count as memory of the next samplers.
             del samplers
             free_memory(device)

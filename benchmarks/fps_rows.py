@@ -18,6 +18,12 @@ def workload_name(row: Row) -> str:
     return f"{row['geometry']} {numbers}"
 
 
+def speeds(rows: Sequence[Row]) -> str:
+    """Frames a second of the samplers of one batch size, in a line."""
+    timed = [f"{row['sampler']} {row['fps']:.3g}" for row in rows if "fps" in row]
+    return "; ".join(timed) or "none was timed"
+
+
 def has_float32_error(row: Row) -> bool:
     """Whether a row was held against float32: in half precision, where memory sufficed."""
     return row.get(FLOAT32_ERROR) is not None

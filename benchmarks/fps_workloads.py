@@ -89,7 +89,7 @@ RELEASED = Workload(
     TRAINED_FRAMES,
     64,
     num_diffusion_steps=25,
-    run_seconds=30.0,
+    run_seconds=10.0,
     batches=(1, 4, 24),
     text=PHI_2,
     vae="osp",

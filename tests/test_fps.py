@@ -559,7 +559,11 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2]
     assert {row["backend"] for row in content["rows"]} == {"reference"}
     assert content["machine"]["matmul_TFLOP_per_s"] > 0
-    assert "Stages of the exact sampler" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Stages of the exact sampler" in printed.out
+    # Of a batch size at once; all tables come in the end.
+    plain, exact = (f"{row['fps']:.3g}" for row in content["rows"][2:])
+    assert f"  frames a second: plain {plain}; exact {exact}\n" in printed.err
 
 
 def test_command_fails_where_a_sampler_is_wrong(monkeypatch, capsys):
