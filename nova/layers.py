@@ -168,13 +168,17 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        if self.library != TORCH and is_plain(fc1):
-            tensors = x, fc1.weight, fc1.bias
-            if not through_operator(*tensors):
-                return self.fc2(gelu_libraries.linear_gelu(*tensors, self.library))
-        if LINEAR_GELU.choose(self.backend, x) == "reference" or not is_plain(fc1):
+        if not is_plain(fc1):
             return self.fc2(F.gelu(fc1(x)))
-        return self.fc2(linear_gelu(x, fc1.weight, fc1.bias, backend=self.backend))
+        tensors = x, fc1.weight, fc1.bias
+        is_sampling = not through_operator(*tensors)
+        if is_sampling and self.library != TORCH:
+            return self.fc2(gelu_libraries.linear_gelu(*tensors, self.library))
+        if LINEAR_GELU.choose(self.backend, x) == "reference":
+            hidden = F.linear(*tensors)
+            # In place: on a CPU a tensor of this size costs as much as its arithmetic.
+            return self.fc2(torch.ops.aten.gelu_(hidden) if is_sampling else F.gelu(hidden))
+        return self.fc2(linear_gelu(*tensors, backend=self.backend))
 
 
 class Block(nn.Module):

@@ -1,8 +1,9 @@
 """Linear layers and convolutions on a CPU by oneDNN, which torch brings along.
 
 torch's own linear layer is MKL's product in float32: it first copies the bias into the result,
-takes the weight as it lies, and leaves an activation to a pass of its own. The operators called
-here are those that torch.compile calls where weights are frozen; torch does not document them.
+takes the weight as it lies, and leaves an activation to a pass of its own. With AVX-512 oneDNN is
+faster all the same, without it MKL is. The operators called here are those that torch.compile calls
+where weights are frozen; torch does not document them.
 Convolutions of one small video torch leaves to a loop of its own instead of oneDNN, by a rule that
 counts the elements of an image (`use_mkldnn` in ATen/native/Convolution.cpp).
 """
@@ -12,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Half precision, and what oneDNN calls it.
 _HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -30,8 +32,21 @@ def is_usable(weight: Tensor) -> bool:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `PackedLinear` takes this weight: where it `is_usable`, and in bfloat16 always."""
+    """Whether `PackedLinear` gains something.
+
+    On an x86 CPU it does in bfloat16, in float16 that oneDNN lacks, and in float32 where oneDNN
+    `multiplies_faster`.
+    """
+    if weight.dtype == torch.float32:
+        return is_usable(weight) and multiplies_faster()
     return is_usable(weight) or (weight.dtype == torch.bfloat16 and _is_there(weight.device))
+
+
+@cache
+def multiplies_faster() -> bool:
+    """Whether oneDNN's products in float32 are faster than those of MKL, or torch has no MKL."""
+    with_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return with_avx512 or not torch.backends.mkl.is_available()
 
 
 def _is_there(device: torch.device) -> bool:
@@ -57,6 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Half precision is computed in float32 and rounded once.
     """
     given = x.float(), weight.float(), bias.float().contiguous()
+    if not multiplies_faster():
+        return F.linear(*given).to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(*given, *_PLAIN).to(x.dtype)
 
 
@@ -78,11 +95,12 @@ def conv3d(
 class PackedLinear(nn.Module):
     """x @ weight.T + bias, maybe with the exact (erf) GELU of it, without a gradient.
 
-    Half precision that oneDNN lacks is computed in float32 and rounded once.
+    Half precision that oneDNN lacks is computed in float32 and rounded once. Float32 is computed by
+    oneDNN or MKL, whichever is faster.
 
     Args:
-        weight: (out, in), see `can_pack`. It is copied, laid out as oneDNN reads it fastest, so
-            later changes are not seen.
+        weight: (out, in), in float32 or see `can_pack`. It is copied, laid out as its library reads
+            it fastest, so later changes are not seen.
         bias: (out,) in the same dtype.
         gelu: whether GELU follows.
     """
@@ -91,12 +109,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         lacks = weight.dtype in _HALF and not _has(weight.dtype)
         self._dtype = torch.float32 if lacks else weight.dtype
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype))
+        self._gelu = gelu
+        self._by_mkl = self._dtype == torch.float32 and not multiplies_faster()
+        weight = weight.detach().to(self._dtype, copy=True)
+        self._weight = (
+            weight.contiguous() if self._by_mkl else torch.ops.mkldnn._reorder_linear_weight(weight)
+        )
         # Its strides would be passed over.
         self._bias = bias.detach().to(self._dtype).contiguous()
-        self._activation = _GELU if gelu else _PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of any strides, in the dtype of the weight -> (..., out)."""
         given = x.to(self._dtype), self._weight, self._bias
-        return torch.ops.mkldnn._linear_pointwise(*given, *self._activation).to(x.dtype)
+        if self._by_mkl:
+            out = F.linear(*given)
+            out = torch.ops.aten.gelu_(out) if self._gelu else out
+        else:
+            out = torch.ops.mkldnn._linear_pointwise(*given, *(_GELU if self._gelu else _PLAIN))
+        return out.to(x.dtype)

@@ -480,6 +480,7 @@ def test_ceilings_of_this_machine(monkeypatch):
 
 @pytest.mark.skipif(not onednn.is_usable(torch.zeros(1)), reason="torch has no oneDNN here")
 def test_the_ceiling_is_that_of_the_faster_product(monkeypatch):
+    monkeypatch.setattr(onednn, "multiplies_faster", lambda: True)
     monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
     seconds = iter([*[1.0] * 6, *[4.0] * 6, *[3.0] * 6])  # copies, torch's products, oneDNN's
     monkeypatch.setattr("ceilings.timed", lambda call, device: (call(), next(seconds)))

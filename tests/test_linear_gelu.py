@@ -218,6 +218,19 @@ def test_the_mlp_runs_it_and_calls_layers_put_in_its_place():
     torch.testing.assert_close(mlp(x), mlp.fc2(hidden))
 
 
+def test_the_mlp_makes_gelu_in_place_where_nobody_sees_it():
+    mlp, x = Mlp(32, 128).to(DEVICE), randn(3, 32)
+    expected, before = mlp(x), x.clone()
+    with torch.no_grad():
+        assert torch.equal(mlp(x), expected) and torch.equal(x, before)
+        seen = []
+        mlp.fc1.register_forward_hook(lambda layer, given, output: seen.append(output))
+        assert torch.equal(mlp(x), expected)
+        assert torch.equal(seen[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+    mlp(x).sum().backward()
+    assert mlp.fc1.weight.grad is not None
+
+
 @needs_triton
 def test_what_does_not_fit():
     x, weight, bias = (leaf.detach() for leaf in inputs((2,), 8, 4))

@@ -17,6 +17,12 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def library(request, monkeypatch):
+    """Products in float32 by either."""
+    monkeypatch.setattr(onednn, "multiplies_faster", lambda: request.param)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -25,7 +31,7 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rows", [(1,), (2, 0), (2, 3), (7, 1, 5)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (33, 100), (256, 768)])
-def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
+def test_products_are_as_exact_as_torchs(library, inputs, outputs, rows, gelu):
     x, weight, bias = (
         random(*rows, inputs),
         random(outputs, inputs, seed=1),
@@ -48,7 +54,7 @@ def test_products_are_as_exact_as_torchs(inputs, outputs, rows, gelu):
     ("dtype", "may_be_there"),
     [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)],
 )
-def test_half_precision_is_rounded_once(monkeypatch, dtype, may_be_there, gelu):
+def test_half_precision_is_rounded_once(library, monkeypatch, dtype, may_be_there, gelu):
     if not may_be_there:
         monkeypatch.setattr(onednn, "_has", lambda dtype: False)
     x, weight, bias = (
@@ -67,7 +73,7 @@ def test_half_precision_is_rounded_once(monkeypatch, dtype, may_be_there, gelu):
 
 
 @needs_onednn
-def test_strided_inputs_and_weights():
+def test_strided_inputs_and_weights(library):
     x, weight, bias = random(6, 5, 4), random(8, 3), random(3)
     layer = PackedLinear(weight.t()[:, ::2], bias)
     expected = F.linear(x.transpose(0, 1)[1:], weight.t()[:, ::2], bias)
@@ -78,7 +84,7 @@ def test_strided_inputs_and_weights():
 
 
 @needs_onednn
-def test_nan_is_not_hidden():
+def test_nan_is_not_hidden(library):
     x = random(3, 16)
     x[1, 5] = float("nan")
     result = PackedLinear(random(8, 16), random(8), gelu=True)(x)
@@ -143,6 +149,36 @@ def test_whose_convolutions_are_computed(monkeypatch, has_half):
             conv.bfloat16()(x.bfloat16())
         monkeypatch.setenv(VARIABLE, "reference")
         conv.float()(x)
+
+
+@pytest.mark.parametrize(
+    "capability, has_mkl, expected",
+    [
+        ("AVX512", True, True),
+        ("AVX2", True, False),
+        ("DEFAULT", True, False),
+        ("AVX2", False, True),
+    ],
+)
+def test_whose_products_are_faster(monkeypatch, capability, has_mkl, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert onednn.multiplies_faster.__wrapped__() == expected
+
+
+@needs_onednn
+def test_float32_is_packed_where_that_gains_something(library):
+    weight = torch.zeros(1, 1)
+    assert onednn.can_pack(weight) == onednn.multiplies_faster() and onednn.is_usable(weight)
+    assert onednn.can_pack(weight.bfloat16())
+
+
+def test_what_is_packed_is_a_copy(library):
+    weight, x = random(3, 4), random(2, 4)
+    layer = PackedLinear(weight, torch.zeros(3))
+    before = layer(x)
+    weight.mul_(2)
+    assert torch.equal(layer(x), before)
 
 
 def test_what_is_not_usable(monkeypatch):
