@@ -71,7 +71,7 @@ def test_attention_by_packages(monkeypatch, package):
     assert calls == [(3, 20)]
     with pytest.raises(BackendError, match="float16 and bfloat16, not torch.float32"):
         attend(q.float(), k.float(), v.float(), package)
-    compiled = torch.compile(lambda *t: attend(*t, package) + 1, backend="eager")
+    compiled = torch.compile(lambda *t: attend(*t, package) + 1, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v, package) + 1)
 
 

@@ -38,17 +38,19 @@ def flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _flash_attention(flash_attn_func, q, k, v)
 
 
-@torch.compiler.disable  # which need not look into another compiler
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The package flash-attn-3, for Hopper; see `attend`."""
+    if torch.compiler.is_compiling():  # which should not look into another compiler's code
+        return F.scaled_dot_product_attention(q, k, v)
     from flash_attn_interface import flash_attn_func
 
     return _flash_attention(flash_attn_func, q, k, v)
 
 
-@torch.compiler.disable
 def flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The package flash-attn-4, for Hopper and later, compiled at the first call; see `attend`."""
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
     from flash_attn.cute import flash_attn_func
 
     with torch.cuda.device_of(q):  # the current device's stream is where it runs
@@ -93,7 +95,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, library: str = TORCH) -> Tensor:
     Args:
         q: (batch, heads, queries, head_dim).
         k, v: (batch, heads, keys, head_dim), no fewer keys than queries.
-        library: one of `LIBRARIES`.
+        library: one of `LIBRARIES`. In place of flash-attn-3 and flash-attn-4 torch.compile gets
+            torch's.
 
     Returns:
         A tensor like q.
