@@ -33,8 +33,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, package: str) -> list[tuple]:
         return (out, None) if package == packages.FLASH_ATTN_4 else out
 
     def gemm_act(
-        A: Tensor,  # noqa: N803 - as quack calls it
-        B: Tensor,  # noqa: N803
+        A: Tensor,
+        B: Tensor,
         *,
         bias: Tensor,
         activation: str,
