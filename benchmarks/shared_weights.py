@@ -19,7 +19,7 @@ def share_weights(model: NOVATransformer, kind: type[Model] = NOVATransformer) -
         twin = kind(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     for module, ours in zip(twin.modules(), model.modules(), strict=True):
-        for name in ("backend", "library"):
+        for name in ("backend", "kernel_library"):
             if hasattr(ours, name):
                 setattr(module, name, getattr(ours, name))
     return twin.eval().requires_grad_(False)

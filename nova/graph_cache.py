@@ -73,7 +73,7 @@ def weights_key(model: NOVATransformer) -> Hashable:
     return (
         model.has_compiled_blocks,
         tuple(requested(module.backend) for module in modules if hasattr(module, "backend")),
-        tuple(module.library for module in modules if hasattr(module, "library")),
+        tuple(module.kernel_library for module in modules if hasattr(module, "kernel_library")),
         # Strides too: a weight in another layout may come to lie where one was before.
         tuple((parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()),
     )

@@ -67,12 +67,12 @@ class Attention(nn.Module):
 
     Attributes:
         backend: of the ops, see `nova_kernels.dispatch`.
-        library: of attention without a mask, see `libraries.attention`.
+        kernel_library: of attention without a mask, see `libraries.attention`.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.backend, self.library = "auto", TORCH
+        self.backend, self.kernel_library = "auto", TORCH
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if block_lengths is None or len(block_lengths) == 1:
-            out = attend(q, k, v, self.library)
+            out = attend(q, k, v, self.kernel_library)
         else:
             prefix = (k[:, :, :earlier], v[:, :, :earlier]) if earlier else None
             k, v = k[:, :, earlier:], v[:, :, earlier:]
@@ -156,13 +156,13 @@ class Mlp(nn.Module):
 
     Attributes:
         backend: of the first layer with its activation, see `nova_kernels.dispatch`.
-        library: in place of that op, see `libraries.linear_gelu`. Not where gradients are wanted,
-            nor under torch.compile.
+        kernel_library: in place of that op, see `libraries.linear_gelu`. Not where gradients are
+            wanted, nor under torch.compile.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.backend, self.library = "auto", TORCH
+        self.backend, self.kernel_library = "auto", TORCH
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
@@ -172,8 +172,8 @@ class Mlp(nn.Module):
             return self.fc2(F.gelu(fc1(x)))
         tensors = x, fc1.weight, fc1.bias
         is_sampling = not through_operator(*tensors)
-        if is_sampling and self.library != TORCH:
-            return self.fc2(gelu_libraries.linear_gelu(*tensors, self.library))
+        if is_sampling and self.kernel_library != TORCH:
+            return self.fc2(gelu_libraries.linear_gelu(*tensors, self.kernel_library))
         if LINEAR_GELU.choose(self.backend, x) == "reference":
             hidden = F.linear(*tensors)
             # In place: on a CPU a tensor of this size costs as much as its arithmetic.

@@ -151,7 +151,7 @@ def test_an_mlp_runs_it_for_sampling_alone(monkeypatch):
     calls = stand_in(monkeypatch, packages.QUACK)
     mlp, x = Mlp(16, 64).half(), torch.randn(5, 16).half()
     expected = mlp(x)
-    mlp.library = packages.QUACK
+    mlp.kernel_library = packages.QUACK
 
     def number_of_calls(run):
         before = len(calls)
@@ -180,7 +180,7 @@ def test_graphs_are_recorded_anew_for_another_library(monkeypatch):
     by_torch = sample(model, graphs=graphs)
     before = len(made)
     for block in model.image_encoder.blocks:
-        block.mlp.library = packages.QUACK
+        block.mlp.kernel_library = packages.QUACK
     assert torch.equal(sample(model, graphs=graphs), sample(model)) and calls
     assert len(made) == 2 * before and graphs.failure is None
     torch.testing.assert_close(sample(model), by_torch, atol=0.1, rtol=0.1)
@@ -201,8 +201,8 @@ def test_packages_are_tried_apart_before_they_are_measured(monkeypatch, package)
     part = model.image_encoder.blocks[-1]
     part = part.mlp if package == packages.QUACK else part.attn
     choice.set(package)
-    assert part.library == package
+    assert part.kernel_library == package
     choice.undo()
-    assert part.library == TORCH
+    assert part.kernel_library == TORCH
     model.set_backend("reference")
     assert not any(choice.name == "library of linear_gelu" for choice in choices_of(model, CPU))

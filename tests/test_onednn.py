@@ -173,6 +173,7 @@ def test_float32_is_packed_where_that_gains_something(library):
     assert onednn.can_pack(weight.bfloat16())
 
 
+@needs_onednn
 def test_what_is_packed_is_a_copy(library):
     weight, x = random(3, 4), random(2, 4)
     layer = PackedLinear(weight, torch.zeros(3))

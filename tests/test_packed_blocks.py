@@ -71,9 +71,9 @@ def test_a_run_sees_weights_that_changed_before_it():
 @needs_onednn
 def test_options_of_blocks_are_kept_and_small_tensors_shared():
     blocks = small_model().image_encoder.blocks
-    blocks[0].attn.library = "math"
+    blocks[0].attn.kernel_library = "math"
     packed = packed_blocks(blocks)
-    assert packed[0].attn.library == "math" and packed[0] is not blocks[0]
+    assert packed[0].attn.kernel_library == "math" and packed[0] is not blocks[0]
     assert packed[0].norm1.weight is blocks[0].norm1.weight
     assert packed[-1].attn.qkv.weight is blocks[-1].attn.qkv.weight
 

@@ -270,11 +270,11 @@ def test_together():
     before = strides(model)
     all_of_them = together(of_stage, [choice.candidates[-1] for choice in of_stage])
     all_of_them.set("tuned")
-    assert model.image_encoder.blocks[0].attn.library == "math"
+    assert model.image_encoder.blocks[0].attn.kernel_library == "math"
     assert model.image_encoder.blocks[-1].mlp.fc2.weight.stride()[0] == 1
     all_of_them.set("default")
     assert strides(model) == before
-    assert model.image_encoder.blocks[0].attn.library == "torch"
+    assert model.image_encoder.blocks[0].attn.kernel_library == "torch"
 
 
 def test_another_library_or_layout_is_recorded_anew():
@@ -322,14 +322,14 @@ def test_what_was_chosen_is_used_until_it_is_undone(pipe, monkeypatch):
     before, model = strides(pipe.transformer), pipe.transformer
     nova.tune(pipe, **FAST)
     block = model.image_encoder.blocks[0]
-    assert block.attn.library == "math" and model.image_decoder.backend == "reference"
+    assert block.attn.kernel_library == "math" and model.image_decoder.backend == "reference"
     assert block.attn.qkv.weight.stride() == (1, block.attn.qkv.out_features)
     assert set(type(p) for p in block.parameters()) == {nn.Parameter}
     pipe.to("cpu")  # nothing moves
     assert pipe.tuning is not None
     pipe.to(torch.float64)
     assert pipe.tuning is None and nova.report(pipe).tuning is None
-    assert strides(model) == before and block.attn.library == "torch"
+    assert strides(model) == before and block.attn.kernel_library == "torch"
     assert model.image_decoder.backend == "auto"
 
 
@@ -339,7 +339,7 @@ def test_offloading_undoes_it(pipe, monkeypatch):
     pipe.enable_model_cpu_offload("cpu")
     assert pipe.tuning is None
     nova.tune(pipe, **FAST)
-    assert pipe.transformer.image_encoder.blocks[0].attn.library == "math"
+    assert pipe.transformer.image_encoder.blocks[0].attn.kernel_library == "math"
 
 
 def test_a_saved_pipeline_is_laid_out_as_usual(pipe, monkeypatch, tmp_path):
@@ -366,7 +366,7 @@ def test_gains_that_do_not_add_up_are_not_kept(pipe, monkeypatch):
     assert Stage.IMAGE_ENCODER.value in measured
     chosen = {entry.choice: entry.chosen for entry in record.measurements}
     assert chosen["attention"] == "torch" and chosen["weights of mlp.fc1"] == ROWS
-    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
+    assert pipe.transformer.image_encoder.blocks[0].attn.kernel_library == "torch"
 
 
 def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypatch):
@@ -381,7 +381,7 @@ def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypat
     with pytest.raises(DeviceError, match="smaller batch_size"):
         nova.tune(pipe, **FAST)
     assert pipe.tuning is None and strides(pipe.transformer) == before
-    assert pipe.transformer.image_encoder.blocks[0].attn.library == "torch"
+    assert pipe.transformer.image_encoder.blocks[0].attn.kernel_library == "torch"
 
 
 def test_bad_sizes(pipe):

@@ -123,7 +123,7 @@ def _library_choice(
         unproven: libraries, beside the packages of others.
     """
     unproven |= frozenset(installed_packages())
-    choose = partial(_set_attribute, modules, "library")
+    choose = partial(_set_attribute, modules, "kernel_library")
     return Choice(
         name,
         Stage.IMAGE_ENCODER,
