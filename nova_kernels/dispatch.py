@@ -21,6 +21,7 @@ from torch import Tensor, library
 from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import extension
 from nova_kernels.errors import BackendError
+from nova_kernels.startup import failure_to_start
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 VARIABLE = "NOVA_KERNELS_BACKEND"
@@ -84,7 +85,11 @@ class Op:
             return []
         verified = self.verified_on(device)
         names = [name for name in self.implementations if name in verified]
-        return [name for name in names if self.obstacle(name, *tensors) is None]
+        names = [name for name in names if self.obstacle(name, *tensors) is None]
+        # torch.compile cannot trace a try, and its own code on a GPU needs what Triton needs.
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return names
+        return [name for name in names if failure_to_start(name, device) is None]
 
     def obstacle(self, backend: str, *tensors: Tensor) -> str | None:
         """Why an implementation cannot run on these tensors; None if it can."""
