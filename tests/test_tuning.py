@@ -179,19 +179,51 @@ def test_float64_is_measured():
     assert found.seconds.keys() == {"one", "other"}
 
 
-def test_what_is_recorded_is_timed():
-    replays = []
+class Recorded:
+    """Stands in for a CUDA graph of some work."""
 
-    class Recorded:
-        def __init__(self, work):
-            self.work = work
+    def __init__(self, work):
+        self._work, self.output, self.replays = work, torch.zeros(3), 0
 
+    def replay(self):
+        self.replays += 1
+        self.output.copy_(self._work())
+
+
+def test_what_is_recorded_is_timed(monkeypatch):
+    clock, made = Clock(monkeypatch, {"only": 10.0}), []
+
+    def record(work):
+        made.append(Recorded(work))
+        return made[-1]
+
+    measure(clock.choice, clock.work, CPU, record=record)
+    assert len(made) == measuring.ROUNDS
+    assert all(recorded.replays >= 2 for recorded in made)
+
+
+def test_work_that_a_recording_misses_is_not_the_fastest(monkeypatch):
+    """As a package's that launches on a stream of its own."""
+    clock = Clock(monkeypatch, {"first": 10.0, "other": 20.0})
+
+    class Missing(Recorded):
         def replay(self):
-            replays.append(None)
+            if clock.current == "first":
+                super().replay()
 
-    choice = Choice("how", Stage.DENOISE, ("only",), lambda name: None, lambda: None)
-    measure(choice, lambda: torch.ones(1), CPU, record=Recorded)
-    assert len(replays) >= 2 * measuring.ROUNDS
+    found = measure(clock.choice, clock.work, CPU, record=Missing)
+    assert found.chosen == "first"
+    assert "a replay differed from the work" in found.refused["other"]
+
+
+def test_short_memory_while_recording_is_told_as_such(monkeypatch):
+    clock = Clock(monkeypatch, {"first": 10.0})
+
+    def record(work):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(clock.choice, clock.work, CPU, record=record)
 
 
 # A model -----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nova_kernels.errors import in_a_line
 
-from ..graph_recording import Recorder
+from ..devices import is_out_of_memory
+from ..graph_recording import Recorder, Recording, RecordingError, record_checked
 from .choices import Choice
 from .record import Measurement
 
@@ -108,10 +109,20 @@ def _time(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on why a kernel cannot be used
         output = work().clone()
-        with torch.cuda.device_of(output):  # which is where a graph is captured
-            run = work if record is None else record(work).replay
+        run = work if record is None else _recorded(work, output, record).replay
     repeats = max(1, round(LEAST_SECONDS / _seconds(run, device, 1)))
     return output, _seconds(run, device, repeats)
+
+
+def _recorded(work: Callable[[], Tensor], output: Tensor, record: Recorder) -> Recording:
+    """Checked, since work that a graph missed, as on another stream, takes no time in it."""
+    try:
+        return record_checked(work, output, record)
+    except RecordingError as error:
+        cause = error.__cause__
+        if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+            raise cause from None  # it may go well the next time
+        raise
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
