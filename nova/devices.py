@@ -97,12 +97,17 @@ def free_memory(device: torch.device) -> None:
 def idle_graph_bytes(device: torch.device) -> int:
     """Bytes that CUDA graphs keep on a GPU for what they write when replayed.
 
-    torch counts none of them as allocated, but for tensors that are still referred to.
+    torch counts none of them as allocated, but for tensors that are still referred to. 0 where they
+    cannot be told: of torch's allocators only its own lists what it holds.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # cudaMallocAsync and those of other packages refuse
+        return 0
     return sum(
         segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in segments
         if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
     )
 
@@ -115,12 +120,16 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self._device = device
-        if device.type == "cuda":
+        self._is_counted = device.type == "cuda"
+        if self._is_counted:
             self._idle_bytes = idle_graph_bytes(device)
-            torch.cuda.reset_peak_memory_stats(device)
+            try:
+                torch.cuda.reset_peak_memory_stats(device)
+            except RuntimeError:  # of another package's allocator, which counts nothing
+                self._is_counted = False
 
     def read(self) -> int | None:
-        """Bytes so far; None on other devices, where torch does not count them."""
-        if self._device.type != "cuda":
+        """Bytes so far; None where torch does not count them, as on other devices."""
+        if not self._is_counted:
             return None
         return torch.cuda.max_memory_allocated(self._device) + self._idle_bytes

@@ -502,6 +502,21 @@ def test_peak_memory_is_counted_on_gpus_alone(pipe, monkeypatch):
     assert asked[1:] == [("max_memory_allocated", device)]
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_allocators_that_list_nothing(monkeypatch, counts):
+    """cudaMallocAsync counts bytes, and lists no segments; another package's may do neither."""
+
+    def refuse(*_):
+        raise RuntimeError("this allocator does not support it")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", refuse)
+    reset = (lambda device: None) if counts else refuse
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    peak = devices.PeakMemory(torch.device("cuda:1"))
+    assert peak.read() == (123 if counts else None)
+
+
 def test_memory_is_given_back_to_the_device(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("cuda"))
