@@ -169,7 +169,7 @@ class NOVAPipeline:
 
         That takes away the time of hundreds of launches a step, which is most of it in small
         batches. Graphs are kept for calls of the same sizes and sampler settings, and take memory;
-        `disable_cuda_graphs` frees it. With offloading they are not used.
+        `disable_cuda_graphs` frees it, and so does offloading.
 
         Raises:
             DeviceError: the pipeline is not on a GPU.
@@ -199,12 +199,12 @@ class NOVAPipeline:
         self.tuning = None
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep all parts on the CPU, each on `device` only while it works."""
+        """Keep all parts on the CPU, each on `device` only while it works; without CUDA graphs."""
         self._offload_device = check_device(device)
         if self._offload_device.type == "cuda":
             # Nothing moves there yet, and before that torch has no count of its memory to reset.
             torch.cuda.init()
-        self._clear_graphs()
+        self.disable_cuda_graphs()
         self.undo_tuning()
         for module in self._modules().values():
             module.to("cpu")
@@ -566,7 +566,7 @@ class NOVAPipeline:
                 given_latents=run.given,
                 context_frames=run.request.context_frames,
                 on_set_end=chain(hooks),
-                graphs=self.graphs if self._offload_device is None else None,
+                graphs=self.graphs,
             )
             try:
                 yield from frames

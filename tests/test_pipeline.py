@@ -455,6 +455,14 @@ def test_cuda_graphs_give_the_same_clips(tiny_video_folder):
     assert pipe.to("cpu").graphs is None
 
 
+def test_offloading_ends_graphs(tiny_video_folder):
+    """Nothing would be recorded, and nova.tune would time replays that never come."""
+    other = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    other.graphs = SamplingGraphs(Repeated)
+    other.enable_model_cpu_offload("cpu")
+    assert other.graphs is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [False, True])
 def test_on_a_gpu(tiny_video_folder, pipe, offload):
