@@ -1,7 +1,7 @@
 import dataclasses
 
 import kernel_cases
-import kernels
+import op_times
 import pytest
 import torch
 from kernel_testing import (
@@ -285,14 +285,14 @@ def test_the_benchmarks_case_counts_and_gates():
     assert case.elements == (2 * 3 * 16 + 2 * 3 * 32 + 5 * 32 + parameters, None)
     products = (2 * 2 + 2 * 3 + 2) * 32 * 32 + 32 * 16  # of a row in a step
     assert case.operations == (2 * 5 * (6 * products + 3 * 32 * 16), 0)
-    assert kernels.implementations(case).keys() >= {"reference", "triton", "cuda"}
+    assert op_times.implementations(case).keys() >= {"reference", "triton", "cuda"}
 
     def by(backend):
         return lambda *tensors: case.run(backend, *tensors)
 
     # "auto" is C++ on a CPU, in float32, where it is built.
     calls = {"reference": by("reference"), "auto": by("auto"), "wrong": lambda x, *_: x}
-    refused = kernels.gate(case, calls, torch.device(DEVICE), torch.float32)
+    refused = op_times.gate(case, calls, torch.device(DEVICE), torch.float32)
     assert refused.keys() == {"wrong"}
 
 

@@ -1,8 +1,8 @@
 """The ops: right first, then time, bandwidth and arithmetic beside what else computes them.
 
-    python benchmarks/kernels.py                      # on a GPU: measure; on a CPU: what they cost
-    python benchmarks/kernels.py --op residual_norm --json kernels.json
-    python benchmarks/kernels.py --compile-report     # registers, shared memory, occupancy; no GPU
+    python benchmarks/op_times.py                      # on a GPU: measure; on a CPU: what they cost
+    python benchmarks/op_times.py --op residual_norm --json op_times.json
+    python benchmarks/op_times.py --compile-report     # registers, shared memory, occupancy; no GPU
 
 A case is timed only after its results, and its gradients, were as exact as plain torch's. Ceilings
 are the card's own, measured in the same run: a copy for bytes, a matrix product for operations.
@@ -282,7 +282,7 @@ def main() -> int:
         for case in cases:
             rows += measure(case, device, dtype, limits, compiled=arguments.compile)
             if arguments.json:  # what there is, in case that a later one does not end well
-                write_rows(arguments.json, "kernels.py", facts, rows)
+                write_rows(arguments.json, "op_times.py", facts, rows)
             if is_lost(device):
                 print(f"the GPU refuses all work after {case.op}", file=sys.stderr)
                 break
@@ -293,7 +293,7 @@ def main() -> int:
         print_floors(rows, dtype)
         print("No GPU here: nothing was timed.")
     if arguments.json:
-        write_rows(arguments.json, "kernels.py", facts, rows)
+        write_rows(arguments.json, "op_times.py", facts, rows)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py, and through it the compilation of every Triton kernel for both cards."""
+"""benchmarks/op_times.py, and through it the compilation of every Triton kernel for both cards."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import kernel_cases
-import kernels
 import measure
+import op_times
 import pytest
 import torch
 from ceilings import Ceilings
@@ -30,7 +30,7 @@ def in_graphs(monkeypatch):
         captured.append(call())
         return 2.0
 
-    monkeypatch.setattr(kernels, "graph_microseconds", graph_microseconds)
+    monkeypatch.setattr(op_times, "graph_microseconds", graph_microseconds)
     return captured
 
 
@@ -38,7 +38,7 @@ def run(*arguments):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "kernels.py", *arguments],
+        [sys.executable, ROOT / "benchmarks" / "op_times.py", *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -94,12 +94,12 @@ def test_torch_compile_is_timed_as_such(monkeypatch, in_graphs):
 
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: torch_compile(function, backend=backend))
-    monkeypatch.setattr(kernels, "BACKENDS", ("reference",))
-    monkeypatch.setattr(kernels, "milliseconds", lambda call: len([call(), call()]))
+    monkeypatch.setattr(op_times, "BACKENDS", ("reference",))
+    monkeypatch.setattr(op_times, "milliseconds", lambda call: len([call(), call()]))
     limits = Ceilings(1e12, 1e12)
     for count, width in enumerate(range(8, 18), start=1):
         case = kernel_cases.residual_norm(6, width)
-        rows = kernels.measure(case, torch.device("cpu"), torch.float32, limits)
+        rows = op_times.measure(case, torch.device("cpu"), torch.float32, limits)
         timed = [row["direction"] for row in rows if row["implementation"] == "torch.compile"]
         assert timed == ["forward", "backward"]
         assert len(compiled) == 2 * count  # with gradients and without
@@ -107,13 +107,13 @@ def test_torch_compile_is_timed_as_such(monkeypatch, in_graphs):
 
 def test_only_what_is_written_is_tried():
     def names(case):
-        return kernels.implementations(case, compiled=False).keys()
+        return op_times.implementations(case, compiled=False).keys()
 
     assert names(kernel_cases.residual_norm(6, 8)) == {"reference", "triton", "cuda"}
     assert names(kernel_cases.rope3d(2, 8, 2, 32)) == {"reference", "triton"}
     attention = kernel_cases.attention("one clip", [4, 2], heads=2, head_dim=32, batch=1)
     assert names(attention) >= {"reference", "triton", "SDPA with a mask"}
-    added = kernels.implementations(attention).keys() - names(attention)
+    added = op_times.implementations(attention).keys() - names(attention)
     assert added == {"torch.compile", "FlexAttention"}
 
 
@@ -122,16 +122,16 @@ def test_a_peer_that_fails_is_left_out(monkeypatch):
         raise RuntimeError("no kernel image\nis there")
 
     case, device = kernel_cases.residual_norm(6, 8), torch.device("cpu")
-    reference = kernels.implementations(case)["reference"]
+    reference = op_times.implementations(case)["reference"]
     calls = {"reference": reference, "peer": fail, "cuda": fail}
-    refused = kernels.gate(case, calls, device, torch.float32)
+    refused = op_times.gate(case, calls, device, torch.float32)
     assert refused["peer"] == "failed: RuntimeError: no kernel image"
     assert refused["cuda"].startswith("wrong: ")  # of ours everything has to run or say so
 
 
 def failing_later(call, monkeypatch):
     """A call whose work fails when its results are read, as a GPU's does."""
-    relative_error = kernels.relative_error
+    relative_error = op_times.relative_error
 
     def run(*inputs):
         result = call(*inputs)
@@ -144,29 +144,29 @@ def failing_later(call, monkeypatch):
         return relative_error(result, right)
 
     run.results = []
-    monkeypatch.setattr(kernels, "relative_error", read)
+    monkeypatch.setattr(op_times, "relative_error", read)
     return run
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_work_that_fails_later_is_refused(monkeypatch, in_graphs, is_lost):
     case, device = kernel_cases.diffusion_step(2, 4, 6), torch.device("cpu")
-    reference = kernels.implementations(case)["reference"]
+    reference = op_times.implementations(case)["reference"]
     failing = failing_later(reference, monkeypatch)
     calls = {"reference": reference, "cuda": failing, "peer": reference}
-    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: calls)
-    monkeypatch.setattr(kernels, "milliseconds", lambda call: 1.0)
-    monkeypatch.setattr(kernels, "is_lost", lambda device: is_lost and bool(failing.results))
-    rows = kernels.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
+    monkeypatch.setattr(op_times, "implementations", lambda case, compiled: calls)
+    monkeypatch.setattr(op_times, "milliseconds", lambda call: 1.0)
+    monkeypatch.setattr(op_times, "is_lost", lambda device: is_lost and bool(failing.results))
+    rows = op_times.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
     assert rows[0]["implementation"] == "cuda"
     assert rows[0]["refused"].startswith("wrong: RuntimeError: CUDA error: an illegal memory")
     timed = [row["implementation"] for row in rows[1:]]
-    assert timed == ([] if is_lost else ["reference", "peer"] * len(kernels.directions(case)))
+    assert timed == ([] if is_lost else ["reference", "peer"] * len(op_times.directions(case)))
 
 
 def test_the_command_ends_with_a_lost_gpu(tmp_path, monkeypatch, capsys):
     """A peer, which alone would be no failure of the command, takes the GPU along."""
-    file, measured = tmp_path / "kernels.json", []
+    file, measured = tmp_path / "op_times.json", []
     cases = [kernel_cases.residual_norm(6, 8), kernel_cases.scale_shift(6, 8)] * 2
 
     def measure_case(case, device, dtype, limits, *, compiled):
@@ -179,13 +179,13 @@ def test_the_command_ends_with_a_lost_gpu(tmp_path, monkeypatch, capsys):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "machine", lambda device: {"name": "a card", "torch": "2"})
-    monkeypatch.setattr(kernels, "measure_ceilings", lambda *to: Ceilings(1e12, 1e12))
-    monkeypatch.setattr(kernels, "kernel_cases", lambda: cases)
-    monkeypatch.setattr(kernels, "measure", measure_case)
+    monkeypatch.setattr(op_times, "machine", lambda device: {"name": "a card", "torch": "2"})
+    monkeypatch.setattr(op_times, "measure_ceilings", lambda *to: Ceilings(1e12, 1e12))
+    monkeypatch.setattr(op_times, "kernel_cases", lambda: cases)
+    monkeypatch.setattr(op_times, "measure", measure_case)
     monkeypatch.setattr(measure, "synchronize", synchronize)
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(file)])
-    assert kernels.main() == 1
+    monkeypatch.setattr(sys, "argv", ["op_times.py", "--json", str(file)])
+    assert op_times.main() == 1
     assert [row["op"] for row in json.loads(file.read_text())["rows"]] == measured
     assert len(measured) == 2
     assert "the GPU refuses all work after scale_shift" in capsys.readouterr().err
@@ -193,14 +193,16 @@ def test_the_command_ends_with_a_lost_gpu(tmp_path, monkeypatch, capsys):
 
 def test_what_cannot_be_timed_is_left_out(monkeypatch):
     case, device = kernel_cases.residual_norm(6, 8), torch.device("cpu")
-    reference = kernels.implementations(case)["reference"]
-    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: {"reference": reference})
+    reference = op_times.implementations(case)["reference"]
+    monkeypatch.setattr(
+        op_times, "implementations", lambda case, compiled: {"reference": reference}
+    )
 
     def fail(call):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kernels, "milliseconds", fail)
-    rows = kernels.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
+    monkeypatch.setattr(op_times, "milliseconds", fail)
+    rows = op_times.measure(case, device, torch.float32, Ceilings(1e12, 1e12))
     assert [row["direction"] for row in rows] == ["forward", "backward"]
     assert all(row["refused"] == "failed: OutOfMemoryError: CUDA out of memory" for row in rows)
 
@@ -208,10 +210,12 @@ def test_what_cannot_be_timed_is_left_out(monkeypatch):
 def measured(monkeypatch):
     """Rows of plain torch, forward and backward, called in 4 us."""
     case = kernel_cases.residual_norm(100, 50)
-    reference = kernels.implementations(case)["reference"]
-    monkeypatch.setattr(kernels, "implementations", lambda case, compiled: {"reference": reference})
-    monkeypatch.setattr(kernels, "milliseconds", lambda call: 4e-3)
-    return kernels.measure(case, torch.device("cpu"), torch.float32, Ceilings(1e12, 1e12))
+    reference = op_times.implementations(case)["reference"]
+    monkeypatch.setattr(
+        op_times, "implementations", lambda case, compiled: {"reference": reference}
+    )
+    monkeypatch.setattr(op_times, "milliseconds", lambda call: 4e-3)
+    return op_times.measure(case, torch.device("cpu"), torch.float32, Ceilings(1e12, 1e12))
 
 
 def test_forward_passes_are_timed_in_graphs(monkeypatch, in_graphs, capsys):
@@ -223,7 +227,7 @@ def test_forward_passes_are_timed_in_graphs(monkeypatch, in_graphs, capsys):
     # Three tensors of 20 kB, at the time that counts.
     assert forward["GB_per_s"] == pytest.approx(30) and backward["GB_per_s"] == pytest.approx(15)
     assert forward["share_of_ceiling"] == pytest.approx(0.03)
-    kernels.print_times(rows, {"name": "a card", "torch": "2"})
+    op_times.print_times(rows, {"name": "a card", "torch": "2"})
     assert "timed" in (text := capsys.readouterr().out) and "eager us" in text
     assert "no graph" not in text
 
@@ -236,13 +240,13 @@ def test_what_cannot_be_captured_has_its_eager_time(monkeypatch, capsys, is_lost
         failed.append(call)
         raise RecordingError("recording failed: operation not permitted")
 
-    monkeypatch.setattr(kernels, "graph_microseconds", fail)
-    monkeypatch.setattr(kernels, "is_lost", lambda device: is_lost and bool(failed))
+    monkeypatch.setattr(op_times, "graph_microseconds", fail)
+    monkeypatch.setattr(op_times, "is_lost", lambda device: is_lost and bool(failed))
     forward, *later = rows = measured(monkeypatch)
     assert (forward["timed"], forward["microseconds"], forward["eager_us"]) == ("eager", 4.0, 4.0)
     assert forward["no_graph"] == "RecordingError: recording failed: operation not permitted"
     assert [row["direction"] for row in later] == ([] if is_lost else ["backward"])
-    kernels.print_times(rows, {"name": "a card", "torch": "2"})
+    op_times.print_times(rows, {"name": "a card", "torch": "2"})
     assert "no graph:" in capsys.readouterr().out
 
 
@@ -250,7 +254,7 @@ def test_what_cannot_be_captured_has_its_eager_time(monkeypatch, capsys, is_lost
 def test_rows_have_times_in_graphs_and_eager_ones():
     case, device = kernel_cases.scale_shift(72, 1280), torch.device("cuda")
     limits = Ceilings(1e12, 1e12)
-    rows = kernels.measure(case, device, torch.bfloat16, limits, compiled=False)
+    rows = op_times.measure(case, device, torch.bfloat16, limits, compiled=False)
     timed = [row for row in rows if "refused" not in row]
     assert {row["implementation"] for row in timed} >= {"reference", "triton"}
     for row in timed:
@@ -266,5 +270,5 @@ def test_all_ops_are_right_and_timed(tmp_path):
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     timed = [row for row in rows if "refused" not in row]
     assert all(row["microseconds"] > 0 and row["eager_us"] > 0 for row in timed)
-    ours = [r for r in timed if r["implementation"] in kernels.BACKENDS]
+    ours = [r for r in timed if r["implementation"] in op_times.BACKENDS]
     assert all(row["timed"] == "graph" for row in ours if row["direction"] == "forward")
