@@ -461,6 +461,26 @@ def test_measured_once(pipe, cache, monkeypatch):
             nova.tune(pipe, **{**FAST, **other})
 
 
+@pytest.mark.parametrize(
+    "reason, is_kept",
+    [
+        ("OutOfMemoryError: CUDA out of memory", False),
+        ("ImportError: no cutlass", False),
+        ("ModuleNotFoundError: No module named 'cutlass'", False),
+        ("RuntimeError: wrong shape", True),
+    ],
+)
+def test_what_may_be_mended_is_measured_again(pipe, cache, monkeypatch, reason, is_kept):
+    def refuse(choice, *_, **__):
+        choice.set(choice.candidates[0])
+        refused = dict.fromkeys(choice.candidates[1:], reason)
+        return Measurement(choice.name, choice.candidates[0], {choice.candidates[0]: 1.0}, refused)
+
+    monkeypatch.setattr("nova.tuning.tuner.measure", refuse)
+    nova.tune(pipe, **FAST)
+    assert bool(files_of(cache)) == is_kept
+
+
 RECORD = TuningRecord(
     {"batch_size": 1, "dtype": "float32", "device": "cpu", "choices": {"how": ["a", "b"]}},
     (Measurement("how", "b", {"a": 0.002, "b": 0.001}, {"c": "fails"}),),

@@ -174,8 +174,8 @@ def tune_sampler(
             for choice in choices:
                 choice.undo()
             raise
-        # Where memory was short or a process ended, it may go well the next time.
-        if trial.is_complete and not _lacked_memory(record):
+        # Where a process ended, it may go well the next time.
+        if trial.is_complete and not _may_pass(record):
             save_record(record)
     sampler.tuning = AppliedTuning.apply(record, choices, model)
     return record
@@ -236,9 +236,14 @@ def _try_unproven(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> Tr
     return try_apart(trial, candidates)
 
 
-def _lacked_memory(record: TuningRecord) -> bool:
+def _may_pass(record: TuningRecord) -> bool:
+    """Whether a candidate was refused for what may be otherwise soon.
+
+    Memory was short, or a package lacks another one, which `_facts` does not tell.
+    """
+    passing = tuple(e.__name__ for e in (torch.OutOfMemoryError, ImportError, ModuleNotFoundError))
     reasons = [reason for entry in record.measurements for reason in entry.refused.values()]
-    return any(reason.startswith(torch.OutOfMemoryError.__name__) for reason in reasons)
+    return any(reason.startswith(passing) for reason in reasons)
 
 
 def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str, Any]:
