@@ -40,7 +40,7 @@ def measure(
         ceilings: of this machine.
         stages: also a run of the exact sampler with a clock for each stage.
         seconds, say: see `run_samplers`.
-        keep: is given the rows there are so far, after every timed run and whatever comes behind.
+        keep: is given the rows there are so far, after every run and whatever comes behind.
     """
     run = RandomModelRun(
         workload.geometry,
@@ -170,7 +170,7 @@ class _RowMaker:
         }
 
     def make(self, seen: dict[str, SamplerRuns]) -> list[Row]:
-        """Rows of the samplers that were timed or refused so far."""
+        """Rows of the samplers that have run so far."""
         shared = {**self._shared, "text_s": self.text_s, "vae_s": self.vae_s}
         latencies = seen[PLAIN].latencies
         # Where plain gives NaN, all are refused.
@@ -178,7 +178,6 @@ class _RowMaker:
         return [
             {"sampler": name, **shared, **self._figures(runs, plain_s)}
             for name, runs in seen.items()
-            if runs.latencies or runs.refused is not None
         ]
 
     def stages(self, in_run: dict[str, float]) -> dict[str, float]:
@@ -196,6 +195,8 @@ class _RowMaker:
     def _figures(self, runs: SamplerRuns, plain_s: float | None) -> dict[str, Any]:
         if runs.refused is not None:
             return {"refused": runs.refused}
+        if not runs.latencies:  # as far as the file goes where the command is stopped
+            return {"refused": "not timed yet", "first_run_s": runs.first_run_s}
         latency = statistics.median(runs.latencies)
         with_vae = None if self.vae_s is None else latency + self._share * self.vae_s
         return {

@@ -86,7 +86,7 @@ def run_samplers(
             that compile or record in it.
         seconds: no third or later turn begins after so many.
         say: is told what was run.
-        keep: is given all that was seen so far, after every timed run.
+        keep: is given all that was seen so far, after every run.
     """
     begin = time.perf_counter()
     seen: dict[str, SamplerRuns] = {}
@@ -101,12 +101,14 @@ def run_samplers(
                 raise
             runs.refused = _reason(error)
             say(f"{name}: {runs.refused}")
+            keep(seen)
             continue
         say(f"{name}: first run {runs.first_run_s:.3g} s")
         runs.add(gate.check(latents))
         if runs.refused is None and not warm_up and name not in STARTING_UP:
             runs.latencies.append(runs.first_run_s)
             runs.first_frames.append(first_frame)
+        keep(seen)
     for turn in range(repeats):
         timed = [
             (name, runs)

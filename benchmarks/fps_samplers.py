@@ -135,7 +135,8 @@ class TunedSampler:
             # The other samplers go on with the model as it is.
             self._model, self._tuned, self.tuning = model, share_weights(model), None
             run = TunedRun(self._tuned, schedule, guidance, set_sizes, conditioning.batch_size)
-            print(tune_sampler(self, run), file=sys.stderr)
+            # Anew: a record may be of another state of this package with the same version.
+            print(tune_sampler(self, run, measure_again=True), file=sys.stderr)
         frames = generate_frames(
             self._tuned,
             conditioning,

@@ -17,6 +17,7 @@ import torch
 from nova.devices import PeakMemory, idle_graph_bytes
 from nova.errors import InputError
 from nova.libraries.packages import installed_packages
+from nova_kernels import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +94,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts["name"] = torch.cuda.get_device_name(device)
         facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
         facts["packages"] = installed_packages()
+        build = build_info()
+        facts["cuda_extension"] = build["architectures"] if build["cuda_extension"] else None
     return facts
 
 
@@ -106,7 +109,7 @@ def processor_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" behind it if files differ; "unknown" outside of git.
+    """The checkout's commit, "+" behind it if files of it differ; "unknown" outside of git.
 
     Of a copy without git the variable NOVA_COMMIT tells it.
     """
@@ -117,7 +120,7 @@ def commit() -> str:
             subprocess.run(
                 ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
             )
-            for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
+            for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -93,9 +93,10 @@ def test_rows():
 def test_rows_are_kept_as_they_come():
     kept = []
     rows = rows_of(keep=lambda rows: kept.append(copy.deepcopy(rows)))
-    runs = [[len(row["latencies_s"]) for row in rows] for rows in kept]
-    assert runs[:4] == [[1], [1, 1], [2, 1], [2, 2]]
-    assert kept[0][0]["fps"] > 0 and kept[0][0]["vae_s"] is None
+    runs = [[len(row.get("latencies_s", ())) for row in rows] for rows in kept]
+    assert runs[:6] == [[0], [0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
+    assert kept[1][1]["refused"] == "not timed yet" and kept[1][1]["first_run_s"] > 0
+    assert kept[2][0]["fps"] > 0 and kept[2][0]["vae_s"] is None
     assert kept[-1] == rows and rows[1]["vae_s"] > 0 and "stages_s" in rows[1]
 
 
