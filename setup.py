@@ -6,14 +6,15 @@ NOVA_CUDA=0               without it
 NOVA_CPP                  the same for the C++ extension (kernels for CPUs) and a C++ compiler
 NOVA_CUDA_ARCHS           architectures in CMake's words, for example "80-real;90"
 MAX_JOBS                  compilers that run at the same time
-CUDACXX, CUDA_HOME        where nvcc is, if it is not on PATH
-CXX                       the C++ compiler, if it is not the system's
+CUDACXX                   nvcc itself; CUDA_HOME or CUDA_PATH: its toolkit, before PATH
+CXX                       the C++ compiler, if it is not the system's, and options of it
 
 torch is never imported, and no GPU is looked for: the machine that builds often has neither.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent
 BYTES_PER_JOB = 4 * 2**30
 # What CMakeLists.txt asks for.
 OLDEST_CMAKE = "3.24"
+# The first that compiles clusters of thread blocks.
+OLDEST_NVCC = "12.0"
 # After PATH, the folder of this Python's own tools: it need not be on PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
@@ -43,7 +46,7 @@ def say(message):
 def find_nvcc():
     """Path of the CUDA compiler, from CUDACXX, CUDA_HOME or CUDA_PATH, or PATH; None if absent."""
     named = os.environ.get("CUDACXX")
-    if named and shutil.which(named):
+    if named:  # no other: its kernels might need another driver
         return shutil.which(named)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
@@ -53,10 +56,14 @@ def find_nvcc():
 
 
 def find_cxx():
-    """Path of a C++ compiler: CXX, or one of GCC's and Clang's usual names; None if absent."""
-    named = os.environ.get("CXX")
+    """A C++ compiler, from CXX or by GCC's and Clang's usual names; None if absent.
+
+    Options, as in CXX="ccache g++", follow the path behind semicolons, as CMake has them.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
     if named:
-        return shutil.which(named)
+        path = shutil.which(named[0])
+        return path and ";".join([path, *named[1:]])
     return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -77,6 +84,14 @@ def find_tool(name, oldest="0"):
         return None
     version = re.search(r"\d+(\.\d+)+", done.stdout)
     return path if version and numbers(version[0]) >= numbers(oldest) else None
+
+
+def check_nvcc(path):
+    """Raises RuntimeError for one that is too old; one that does not say is left to CMake."""
+    done = subprocess.run([path, "--version"], capture_output=True, text=True)
+    version = re.search(r"release (\d+\.\d+)", done.stdout)
+    if version and numbers(version[1]) < numbers(OLDEST_NVCC):
+        raise RuntimeError(f"{path} is of CUDA {version[1]}, and it takes {OLDEST_NVCC} or newer")
 
 
 def find_cmake():
@@ -167,9 +182,15 @@ class CMakeBuild(build_ext):
 
     def run(self):
         jobs = parallel_jobs()  # here, since `auto` forgives what goes wrong in building
+        for part in PARTS.values():  # an earlier build's must not end in this one's wheel
+            self.module_of(part).unlink(missing_ok=True)
         self.extensions = [e for e in self.extensions if self.build_part(PARTS[e.name], jobs)]
         if self.inplace:  # an editable install: the modules belong beside nova_kernels/*.py
             self.copy_extensions_to_source()
+
+    def module_of(self, part):
+        """Where a part's module is built."""
+        return (ROOT / self.build_lib / self.get_ext_filename(part.module)).resolve()
 
     def build_part(self, part, jobs):
         """Whether it was built; a part that must be and cannot be is an error."""
@@ -190,11 +211,12 @@ class CMakeBuild(build_ext):
         return True
 
     def build_with_cmake(self, part, jobs):
-        module = (ROOT / self.build_lib / self.get_ext_filename(part.module)).resolve()
-        module.unlink(missing_ok=True)  # an earlier build's must not end in this one's wheel
+        module = self.module_of(part)
         compiler = part.find_compiler()
         if compiler is None:
             raise RuntimeError(part.missing)
+        if part is CUDA:
+            check_nvcc(compiler)
         cmake = find_cmake()
         if cmake is None:
             raise RuntimeError(f"no cmake in PATH that runs and is {OLDEST_CMAKE} or newer")

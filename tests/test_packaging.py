@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -253,13 +254,36 @@ def test_broken_nvcc(checkout, tmp_path, mode):
         assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the old compiler is a shell script")
+def test_an_old_nvcc_is_told_as_such(checkout, tmp_path):
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    old.chmod(0o755)
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1", CUDACXX=str(old))
+    assert process.returncode != 0 and wheel is None
+    assert f"{old} is of CUDA 11.8, and it takes 12.0 or newer" in process.stdout
+
+
+def test_an_nvcc_that_is_named_is_the_one_or_none(checkout, tmp_path):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1", CUDACXX="/none/nvcc")
+    assert process.returncode != 0 and wheel is None
+    assert "the CUDA extension failed: no nvcc in CUDACXX" in process.stdout
+
+
 @needs_cxx
 def test_cpp_wheel_without_nvcc(checkout, tmp_path):
     """The extension for CPUs needs a C++ compiler alone, and works in a new environment."""
+    # What an earlier build in this folder left must not get into the wheel.
+    built = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    left = built / "nova_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
     process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="0", NOVA_CPP="1")
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("built the C++ extension") == 1
     assert not wheel.name.endswith("-py3-none-any.whl")
+    modules = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert len(modules) == 1 and modules[0].startswith("nova_kernels/_cpp")
     printed = build_info_of(wheel, tmp_path / "new")
     assert "'cpp_extension': True, 'cpp_error': None" in printed and "'baseline']" in printed
 
@@ -290,7 +314,7 @@ def test_cuda_wheel(checkout, tmp_path):
 def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_path):
     hook = f"from setuptools.build_meta import build_editable as build; build({str(tmp_path)!r})"
     # The C++ extension for both: setup.py treats them alike, and nvcc takes several times as long.
-    modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1"}
+    modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1", "CXX": "c++ -DWITH_OPTIONS"}
     process = run("-c", hook, cwd=checkout, **modes)
     assert process.returncode == 0, process.stdout
     (module,) = (checkout / "nova_kernels").glob("_cpp*.so")
