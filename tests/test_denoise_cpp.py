@@ -1,6 +1,9 @@
 """The denoise loop in C++ (csrc/cpp), in every instruction set that this CPU has."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import kernel_testing
 import pytest
@@ -106,6 +109,36 @@ def test_threads_of_its_own_where_torch_has_no_openmp(monkeypatch):
     expected = run(*case, numbers(3, guidance=3.0), backend="cpp")
     monkeypatch.setattr(cpp, "openmp_parallel", lambda: 0)
     assert torch.equal(run(*case, numbers(3, guidance=3.0), backend="cpp"), expected)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import torch
+from nova_kernels.cpp_kernels import denoise as cpp
+from nova_kernels.ops.denoise import modulate
+from test_denoise import inputs, numbers, prepared
+
+if sys.argv[1] == "its own threads":
+    cpp.openmp_parallel = lambda: 0
+steps = numbers(1, guidance=3.0)
+x, condition, times, weights = inputs((1, 60000), 1, 1, torch.float32, depth=1, width=256)
+weights = prepared(weights)
+cpp.run(x[:, :8], modulate(weights, condition[:, :, :8], times), weights, steps)
+vectors = modulate(weights, condition, times)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20,) * 2)
+cpp.run(x, vectors, weights, steps)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+@pytest.mark.parametrize("threads", ["of torch", "its own threads"])
+def test_too_little_memory_is_an_error_of_python(threads):
+    """Exceptions of C++ that leave a thread end the process."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, threads]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("MemoryError")
 
 
 def test_inputs_of_any_layout_and_steps_without_guidance():

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
-typedef std::int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef std::uint32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
 
 inline Vector load(const float* address) {
   Vector v;
@@ -48,7 +48,10 @@ inline Vector exponential(Vector v) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
+  // What is above these bits is shifted out.
+  Integers exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + 127) << 23;
   Vector power;
   std::memcpy(&power, &exponent, sizeof power);
   return p * power;
