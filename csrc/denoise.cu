@@ -75,6 +75,10 @@ int count_denoise_clusters(Dtype dtype, int passes, int cluster_size) {
   if (cluster_size == 1) return multiprocessors;
   if (attribute_of(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
   const DenoiseKernel kernel = kernel_for(dtype, passes, kMaxUnits);
+  // Code that the driver made of an earlier card's PTX knows no clusters, whatever this card knows.
+  cudaFuncAttributes code;
+  check(kOp, cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)));
+  if (code.ptxVersion < 90) return 0;
   const int shared_bytes = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   allow_shared_memory(kernel, shared_bytes);
   Configuration launch(multiprocessors / cluster_size * cluster_size, cluster_size, shared_bytes,

@@ -121,7 +121,8 @@ class Op:
         if device.type != "cuda":
             return self.verified - {"triton", "cuda"}
         card = torch.cuda.get_device_properties(device)
-        known = (card.major, card.minor) in VERIFIED_CAPABILITIES
+        # Some of AMD's cards have the same numbers.
+        known = torch.version.hip is None and (card.major, card.minor) in VERIFIED_CAPABILITIES
         return self.verified - {"cpp"} if known else frozenset()
 
     def _limit(self, *tensors: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nova_kernels.errors import in_a_line
+from nova_kernels.errors import BackendError, in_a_line
 
 
 def _start_triton(device: torch.device) -> None:
@@ -19,11 +19,13 @@ def _start_triton(device: torch.device) -> None:
 
 
 def _start_cuda(device: torch.device) -> None:
-    """Load the extension's code, which may be for other cards, or too new for the driver."""
+    """Load the extension's code, which may be for other cards or too new for the driver."""
     from nova_kernels.cuda_kernels.denoise import device_limits
     from nova_kernels.cuda_kernels.extension import extension
 
-    device_limits(extension(), device, torch.float16, passes=1)
+    limits = device_limits(extension(), device, torch.float16, passes=1)
+    if max(limits.clusters.values()) == 0:
+        raise BackendError("the GPU makes no cooperative launches")
 
 
 STARTS: dict[str, Callable[[torch.device], None]] = {"triton": _start_triton, "cuda": _start_cuda}
