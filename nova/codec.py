@@ -25,7 +25,7 @@ class LatentCodec:
         module: a `CausalVideoVAE`, or diffusers' `AutoencoderKL`.
 
     Attributes:
-        module: as given, frozen and in evaluation mode; `codec.module.to(...)` moves it.
+        module: as given, frozen and in evaluation mode.
     """
 
     def __init__(self, module: nn.Module):
@@ -42,8 +42,7 @@ class LatentCodec:
         """Open a vae/ folder.
 
         Args:
-            torch_dtype: of the weights; None: the file's. Image VAEs whose config says
-                `force_upcast`, as SDXL's does, get float32 where float16 is asked for.
+            torch_dtype: of the weights, see `to`; None: the file's.
             allow_pickle: also read .bin weights, where there are no safetensors.
 
         Raises:
@@ -59,8 +58,6 @@ class LatentCodec:
                 module: nn.Module = CausalVideoVAE(VAEConfig.from_dict(config))
         elif name == IMAGE_CLASS:
             module = _image_vae(config)
-            if torch_dtype == torch.float16 and config.get("force_upcast"):
-                torch_dtype = torch.float32  # such VAEs overflow in float16
         else:
             raise CheckpointError(
                 f"{folder / 'config.json'} names the class {name!r}; known are "
@@ -68,7 +65,20 @@ class LatentCodec:
             )
         weights = load_state_dict(folder, allow_pickle=allow_pickle)
         load_strict(module, _renamed(weights), str(folder))
-        return cls(module if torch_dtype is None else module.to(torch_dtype))
+        return cls(module).to(dtype=torch_dtype)
+
+    def to(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "LatentCodec":
+        """Move the module to a device, a dtype, or both.
+
+        Image VAEs whose config says `force_upcast`, as SDXL's does, get float32 where float16 is
+        asked for, in which they overflow.
+        """
+        if dtype == torch.float16 and getattr(self.module.config, "force_upcast", False):
+            dtype = torch.float32
+        self.module.to(device=device, dtype=dtype)
+        return self
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write config.json and safetensors weights, so that `load` opens them again."""

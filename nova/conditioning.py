@@ -49,14 +49,7 @@ class Conditioning:
         tokens = model.text_embed(prompts.to(model.device, model.dtype))
         if guidance.passes == 3:
             tokens = torch.cat([tokens, tokens[batch:]])
-        if model.config.is_video:
-            flow, rate = (
-                torch.tensor(numbers, dtype=torch.float32, device=model.device)
-                for numbers in _motion_of_samples(motion_flow, fps, batch)
-            )
-            motion = model.motion_embed(flow, rate).repeat(guidance.passes, 1, 1)
-            tokens = torch.cat([tokens, motion], dim=1)
-        return cls(tokens, batch)
+        return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
 
     @classmethod
     def from_labels(
@@ -65,17 +58,40 @@ class Conditioning:
         labels: Tensor,
         negative_labels: Tensor,
         guidance: Guidance,
+        *,
+        motion_flow: float | Sequence[float] = DEFAULT_MOTION_FLOW,
+        fps: float | Sequence[float] = DEFAULT_FPS,
     ) -> "Conditioning":
-        """From class labels (B,) in 0..1000."""
+        """From class labels (B,) in 0..1000; motion_flow and fps as for text."""
         if guidance.passes == 3:
             raise InputError("image_guidance_scale is for text-conditioned models")
+        batch = labels.shape[0]
         ids = torch.cat([labels, negative_labels]) if guidance.passes > 1 else labels
-        return cls(model.label_embed(ids.to(model.device)), labels.shape[0])
+        tokens = model.label_embed(ids.to(model.device))
+        return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
 
     def part(self, start: int, stop: int) -> "Conditioning":
         """Of samples start .. stop - 1."""
         by_pass = self.tokens.unflatten(0, (-1, self.batch_size))
         return Conditioning(by_pass[:, start:stop].flatten(0, 1), stop - start)
+
+
+def _with_motion(
+    model: NOVATransformer,
+    tokens: Tensor,
+    motion_flow: float | Sequence[float],
+    fps: float | Sequence[float],
+    batch: int,
+) -> Tensor:
+    """Tokens (passes * batch, P, E) with those of motion behind, which video models have."""
+    if not model.config.is_video:
+        return tokens
+    flow, rate = (
+        torch.tensor(numbers, dtype=torch.float32, device=model.device)
+        for numbers in _motion_of_samples(motion_flow, fps, batch)
+    )
+    motion = model.motion_embed(flow, rate).repeat(tokens.shape[0] // batch, 1, 1)
+    return torch.cat([tokens, motion], dim=1)
 
 
 def _motion_of_samples(

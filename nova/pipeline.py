@@ -155,7 +155,9 @@ class NOVAPipeline:
             self._offload_device = None
         with out_of_memory("moving the model"):
             for name, module in self._modules().items():
-                if name != "text_encoder" or text_encoder:
+                if name == "vae":
+                    self.vae.to(device, dtype)
+                elif name != "text_encoder" or text_encoder:
                     module.to(device=device, dtype=dtype)
         if self.tuning is not None and not self.tuning.fits(self.transformer):
             self.undo_tuning()
@@ -362,10 +364,11 @@ class NOVAPipeline:
     @torch.no_grad()
     def _condition(self, request: Request) -> Conditioning:
         config, guidance, each = self.config, request.guidance, request.num_images_per_prompt
+        motion = {"motion_flow": request.motion_flow, "fps": request.fps}
         if not config.text_token_dim:
             labels = inputs.class_labels(request.prompt, request.negative_prompt, each)
             with self._working("transformer"), out_of_memory("embedding the labels"):
-                return Conditioning.from_labels(self.transformer, *labels, guidance)
+                return Conditioning.from_labels(self.transformer, *labels, guidance, **motion)
         embeds, negative_embeds = self._prompt_embeds(request)
         with self._working("transformer"), out_of_memory("embedding the prompt"):
             text_embed = self.transformer.text_embed
@@ -373,14 +376,7 @@ class NOVAPipeline:
             negatives = None
             if negative_embeds is not None:
                 negatives = inputs.padded_prompts(negative_embeds, text_embed, each)
-            return Conditioning.from_text(
-                self.transformer,
-                prompts,
-                negatives,
-                guidance,
-                motion_flow=request.motion_flow,
-                fps=request.fps,
-            )
+            return Conditioning.from_text(self.transformer, prompts, negatives, guidance, **motion)
 
     def _prompt_embeds(self, request: Request) -> tuple[list[Tensor], list[Tensor] | None]:
         """Embeddings of prompts and of negative prompts (None: the null prompt)."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,9 +160,11 @@ class DDPMConfig:
         if self.timestep_spacing == "leading":
             times = [i * (count // num_steps) + self.steps_offset for i in range(num_steps)][::-1]
         elif self.timestep_spacing == "linspace":
-            times = [round((count - 1) * i / max(num_steps - 1, 1)) for i in range(num_steps)][::-1]
+            # By numpy, like diffusers: between two whole numbers the last bit decides.
+            times = np.linspace(0, count - 1, num_steps).round().astype(int).tolist()[::-1]
         else:
-            times = [round(count - i * count / num_steps) - 1 for i in range(num_steps)]
+            spaced = np.arange(count, 0, -count / num_steps)[:num_steps]  # it may have one more
+            times = (spaced.round().astype(int) - 1).tolist()
         return [min(t, count - 1) for t in times]
 
     def _step(self, t: int, bar: float, bar_before: float) -> tuple[float, float, float]:

@@ -349,6 +349,7 @@ def test_float16_is_raised_where_it_overflows(image_codec, tmp_path):
     change_config(tmp_path, force_upcast=True)
     assert LatentCodec.load(tmp_path, torch.float16).module.dtype == torch.float32
     assert LatentCodec.load(tmp_path, torch.bfloat16).module.dtype == torch.bfloat16
+    assert LatentCodec.load(tmp_path).to(dtype=torch.float16).module.dtype == torch.float32
     change_config(tmp_path, force_upcast=False)
     assert LatentCodec.load(tmp_path, torch.float16).module.dtype == torch.float16
 

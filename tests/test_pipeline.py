@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from small_models import Repeated
 
 import nova
+from nova.config import named_config
 from nova.engine import SamplingGraphs
 from nova.errors import CheckpointError, InputError
 from nova.inputs import InputWarning
+from nova.model import NOVATransformer
+from nova.schedule import FlowMatchConfig
 from nova.text import PromptTruncationWarning
 
 PROMPT = "a red circle moving right"
@@ -160,6 +164,16 @@ def test_text_to_image(tiny_image_folder):
     assert output.frames is None and output.images[0].size == (64, 64)
     with pytest.raises(InputError, match="image model"):
         pipe(PROMPT, max_latent_length=2, **FAST)
+
+
+@pytest.mark.parametrize("key", ["motion_flow", "fps"])
+def test_class_to_video_follows_motion(key):
+    """As prompts do, and as in training."""
+    torch.manual_seed(0)
+    config = replace(named_config("tiny-video"), text_token_dim=None)
+    pipe = nova.NOVAPipeline(NOVATransformer(config), FlowMatchConfig())
+    slow, fast = (latents_of(pipe, 3, max_latent_length=2, **{key: x}) for x in (1.0, 30.0))
+    assert not torch.equal(slow, fast)
 
 
 def test_class_to_image(tiny_class_folder):

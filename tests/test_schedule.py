@@ -89,6 +89,16 @@ def test_ddpm_table_equals_diffusers(options, steps, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_every_number_of_ddpm_steps_has_the_timesteps_of_diffusers(spacing):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDPMScheduler(timestep_spacing=spacing)
+    for steps in range(1, 129):  # with 48, trailing, a time is halfway between two numbers
+        reference.set_timesteps(steps)
+        timesteps = DDPMConfig(timestep_spacing=spacing).schedule(steps).timesteps
+        assert list(timesteps) == reference.timesteps.tolist()[:steps]
+
+
 def test_ddpm_draws_no_noise_at_time_zero():
     schedule = DDPMConfig().schedule(10)
     assert schedule.noise[-1] == 0.0 and all(n > 0 for n in schedule.noise[:-1])
