@@ -19,7 +19,8 @@ class TrainingDraws:
     """Random draws of one step. S = B * T samples (every frame of every clip, batch-major).
 
     Attributes:
-        visible: (S, n) indices of the tokens that the encoder sees; the others are masked.
+        visible: (S, n) indices of the tokens that the encoder sees; the others, at least one, are
+            masked.
         noise: (R * S, N, token_dim) with R repeats of the whole batch, one after the other.
         timestep_index: (R * S, N) integers: rows of the scheduler's training table.
     """
@@ -185,13 +186,14 @@ def draw_training_noise(
     Args:
         latents: (B, channels, T, h, w), for shape, dtype and device.
         token_shape: (N, token_dim).
-        mask_ratio: share of masked tokens, drawn once a step by the caller.
+        mask_ratio: share of masked tokens, drawn once a step by the caller; at least one is masked.
     """
     count, token_dim = token_shape
     samples = latents.shape[0] * latents.shape[2]
     options = {"device": latents.device, "generator": generator}
     order = torch.rand(samples, count, **options).argsort(dim=1)
-    visible = order[:, : round((1 - mask_ratio) * count)]
+    # The loss is a mean over masked tokens, of which there must be some.
+    visible = order[:, : min(round((1 - mask_ratio) * count), count - 1)]
     noise = torch.randn(repeats * samples, count, token_dim, dtype=latents.dtype, **options)
     table = scheduler.num_train_timesteps
     if isinstance(scheduler, DDPMConfig):

@@ -24,7 +24,7 @@ from nova.data.seeds import keyed_generator
 from nova.errors import CheckpointError, InputError
 from nova.media import write_image, write_video
 from nova.motion import motion_score
-from nova.text import TextEncoder
+from nova.text import PromptTruncationWarning, TextEncoder
 from nova.training import new_vae
 from nova.vae import VAEConfig
 
@@ -241,12 +241,45 @@ def test_another_model_or_source_is_refused(tmp_path, codec, text_encoder):
         encode_clips(GradientSource(3), tmp_path, other, text_encoder, **options)
 
 
+def test_lengths_of_captions(tmp_path, codec, tiny_video_folder):
+    """What a caption may be cut to is a setting of a folder; older folders do not tell it."""
+    folders = tiny_video_folder / "text_encoder", tiny_video_folder / "tokenizer"
+    # The first shard has no file, and all captions are of the same length.
+    source = GradientSource(6, broken=(0, 1))
+    options = {"shard_size": 2, "show_progress": False}
+    long = TextEncoder.from_folders(*folders, max_length=64)
+    count = len(long.encode(["gradient 2"])[0])
+    encode_clips(source, tmp_path, codec, long, **options)
+    assert LatentDataset(tmp_path).longest_caption() == count > 2
+    short = TextEncoder.from_folders(*folders, max_length=2)
+    with pytest.raises(InputError, match="another text_length;"):
+        encode_clips(source, tmp_path, codec, short, **options)
+    with pytest.warns(PromptTruncationWarning):
+        encode_clips(source, tmp_path / "short", codec, short, **options)
+    assert LatentDataset(tmp_path / "short").longest_caption() == 2
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["settings"]["text_length"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert encode_clips(source, tmp_path, codec, short, **options).samples == 4
+    assert LatentDataset(tmp_path).longest_caption() == count
+
+
+def test_the_longest_caption_may_be_in_any_shard(tmp_path):
+    data = write_latents(tmp_path, count=8, shards=4)
+    assert data.longest_caption() == max(len(data[index].text) for index in range(8))
+    path = tmp_path / "shard-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="shard-00002.safetensors is damaged"):
+        LatentDataset(tmp_path).longest_caption()
+
+
 def test_class_labels(tmp_path, codec, text_encoder):
     source = GradientSource(3, num_frames=1, labels=True)
     encode_clips(source, tmp_path, codec, show_progress=False)
     data = LatentDataset(tmp_path)
     assert data.latent_shape == (4, 1, 4, 4)
     assert [(data[i].label, data[i].text) for i in range(3)] == [(0, None), (1, None), (2, None)]
+    assert data.longest_caption() == 0
     with pytest.raises(InputError, match="take no text encoder"):
         encode_clips(source, tmp_path / "t", codec, text_encoder, show_progress=False)
     with pytest.raises(InputError, match="need a text encoder"):

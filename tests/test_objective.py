@@ -10,13 +10,13 @@ from nova.objective import TrainingDraws, add_noise, draw_training_noise, traini
 from nova.schedule import DDPMConfig, FlowMatchConfig
 
 
-def one_step(model, frames, scheduler, seed=0):
+def one_step(model, frames, scheduler, seed=0, mask_ratio=0.8):
     latents = torch.randn(2, 4, frames, 8, 8, generator=torch.Generator().manual_seed(seed))
     prompts = small_prompts(model.config, 2)
     prefix = Conditioning.from_text(model, prompts, None, Guidance(scale=1.0)).tokens
     generator = torch.Generator().manual_seed(seed)
     draws = draw_training_noise(
-        latents, (16, 16), scheduler, mask_ratio=0.8, repeats=2, generator=generator
+        latents, (16, 16), scheduler, mask_ratio=mask_ratio, repeats=2, generator=generator
     )
     return training_losses(model, latents, prefix, draws, scheduler)
 
@@ -41,6 +41,13 @@ def test_draws():
     assert draws.visible.shape == (6, 4) and draws.noise.shape == (24, 16, 16)
     assert all(len(set(row.tolist())) == 4 for row in draws.visible)
     assert 0 <= draws.timestep_index.min() and draws.timestep_index.max() <= 999
+
+
+@pytest.mark.parametrize("config, frames", [(SMALL, 3), (SMALL_IMAGE, 1)])
+def test_low_mask_ratios_leave_a_token_masked(config, frames):
+    """A mean over no token would be NaN."""
+    losses = one_step(small_model(config), frames, FlowMatchConfig(), mask_ratio=0.01)
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])

@@ -238,9 +238,13 @@ def test_frozen_parts():
     assert frozen(SMALL, 3, text_norm=True, motion=True) == {
         "text_embed.norm", "motion_embed.flow_proj", "motion_embed.fps_proj",
     }  # fmt: skip
-    assert frozen(SMALL, 1, text_norm=False, motion=False) == {
-        "video_encoder.patch_embed", "video_encoder.mixer",
-    }  # fmt: skip
+    images = {"video_encoder.patch_embed", "video_encoder.mixer"}
+    times = {"video_pos_embed.time_proj", "video_pos_embed.norm"}
+    assert frozen(SMALL, 1, text_norm=False, motion=False) == images | times
+    # Without a mixer, and without a time embedding.
+    assert frozen(SMALL_ROTARY, 1, text_norm=False, motion=False) == {"video_encoder.patch_embed"}
+    of_classes = {"label_embed.norm"} | images | times
+    assert frozen(SMALL_CLASS, 1, text_norm=True, motion=True) == of_classes
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -311,7 +315,7 @@ def test_learning_rates():
     cosine = replace(constant, schedule="cosine", min_learning_rate=0.2)
     assert learning_rate(4, cosine) == pytest.approx(1.0)
     assert learning_rate(6, cosine) == pytest.approx(0.6)
-    assert learning_rate(8, cosine) == pytest.approx(0.2)
+    assert learning_rate(8, cosine) == pytest.approx(0.2)  # one after the last
     assert learning_rate(0, replace(constant, warmup_steps=0)) == 1.0
 
 
@@ -357,5 +361,9 @@ def test_data_that_does_not_fit_the_model(data, class_data, tmp_path):
     wide = write_latents(tmp_path, shape=(4, 3, 8, 12), count=2)
     with pytest.raises(InputError, match="latents of 4 x 8 x 12, the model takes 4 x 8 x 8"):
         TrainingSamples(wide, SMALL, FLOW, options())
+    message = "captions of up to 6 tokens, the model takes 5; encode again, .* --text-length 5"
+    with pytest.raises(InputError, match=message):
+        TrainingSamples(data, replace(SMALL, text_token_len=5), FLOW, options())
+    TrainingSamples(data, replace(SMALL, text_token_len=6), FLOW, options())
     with pytest.raises(InputError, match="cannot be split into micro-batches of 3"):
         StepSampler(options(batch_size=8, micro_batch_size=3), 0, 0, 0, 1)

@@ -239,6 +239,9 @@ def test_another_vae_than_the_datas(tmp_path, data):
     LatentCodec(new_vae(replace(VAE_CONFIG, scaling_factor=0.7))).save(tmp_path / "vae")
     with pytest.raises(InputError, match="scaling factor 0.5, .*vae has 0.7"):
         run(tmp_path / "run", data, parts=FrozenParts(tmp_path / "vae"))
+    LatentCodec(new_vae(replace(VAE_CONFIG, shift_factor=0.2))).save(tmp_path / "shifted")
+    with pytest.raises(InputError, match="shift factor 0.0, .*shifted has 0.2"):
+        run(tmp_path / "run", data, parts=FrozenParts(tmp_path / "shifted"))
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
@@ -297,6 +300,55 @@ def test_images_train(tmp_path):
     data = write_latents(tmp_path / "data", shape=(4, 1, 8, 8))
     checkpoint = run(tmp_path / "run", data, config=SMALL_IMAGE, steps=2)
     assert NOVAPipeline.from_pretrained(checkpoint).config == SMALL_IMAGE
+
+
+def test_images_leave_the_times_of_a_video_model(tmp_path):
+    data = write_latents(tmp_path / "data", shape=(4, 1, 8, 8))
+    checkpoint = run(tmp_path / "run", data, steps=2)
+    after = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    before = new_model(SMALL).state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "video_pos_embed" not in changed and "video_encoder" in changed
+
+
+# Settings of accelerate -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate reads its environment once a process; the fixture makes it forget that."""
+    from accelerate.state import AcceleratorState
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")],
+)
+def test_settings_of_accelerate_change_no_step(
+    tmp_path, data, monkeypatch, fresh_accelerate, name, value
+):
+    """`accelerate launch` exports those of the user's configuration."""
+    monkeypatch.setenv(name, value)
+    run(tmp_path / "set", data, steps=2)
+    monkeypatch.delenv(name)
+    fresh_accelerate()
+    run(tmp_path / "plain", data, steps=2)
+    assert losses_of(tmp_path / "set") == losses_of(tmp_path / "plain")
+
+
+def test_an_accelerator_of_another_precision(tmp_path, data, fresh_accelerate):
+    from accelerate import Accelerator
+
+    Accelerator(mixed_precision="bf16", cpu=True)
+    with pytest.raises(InputError, match="accelerate cannot be set up for training: .*'no'"):
+        run(tmp_path, data)
 
 
 # Several processes ----------------------------------------------------------------------------
@@ -573,8 +625,9 @@ def test_commands_from_nothing(tmp_path):
     assert result.exit_code == 0, result.stderr
     vae = tmp_path / "vae" / "checkpoints" / "step-00000001" / "vae"
     result = nova("encode", "shapes", "--clips", 3, "--size", 64, 64, "--frames", 5, "--vae", vae,
-                  "--text-encoder", tmp_path / "text", "--device", "cpu", "--quiet",
-                  "--precision", "bfloat16", "--out", tmp_path / "data")  # fmt: skip
+                  "--text-encoder", tmp_path / "text", "--text-length", SMALL.text_token_len,
+                  "--device", "cpu", "--quiet", "--precision", "bfloat16",
+                  "--out", tmp_path / "data")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     write_json(tmp_path / "config.json", SMALL.to_dict())
     result = nova("train", tmp_path / "data", "--config", tmp_path / "config.json", "--vae", vae,

@@ -37,7 +37,14 @@ def encode(
         ),
     ] = None,
     text_length: Annotated[
-        int, option("--text-length", panel=DATA, min=1, help="Tokens kept of a caption.")
+        int,
+        option(
+            "--text-length",
+            panel=DATA,
+            min=1,
+            help="Tokens kept of a caption, the text_token_len of the model to train; --model says "
+            "its own.",
+        ),
     ] = 256,
     captions: shared.Captions = None,
     size: Annotated[

@@ -115,6 +115,24 @@ class LatentDataset(Dataset):
         shard, row = self._locate(index)
         return read_json(self.folder / shard.captions_file)["captions"][row]
 
+    def longest_caption(self) -> int:
+        """Tokens of the longest caption; 0 in data of class labels.
+
+        Raises:
+            CheckpointError: a shard is damaged.
+        """
+        if self.index.text_dim is None:
+            return 0
+        longest = 0
+        for shard in self._shards:
+            try:
+                # The embeddings themselves are not read.
+                offsets = self._open(shard.file).get_tensor("text_offsets")
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / shard.file} is damaged: {error}") from None
+            longest = max(longest, int(offsets.diff().max()))
+        return longest
+
     def _locate(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")

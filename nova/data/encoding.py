@@ -108,12 +108,15 @@ def _open_index(
         "source": source.describe(),
         "vae": fingerprint(codec.module),
         "text_encoder": fingerprint(text_encoder.module) if text_encoder else None,
+        "text_length": text_encoder.max_length if text_encoder else None,
         "shard_size": shard_size,
         "dtype": dtype,
     }
     if (folder / INDEX_NAME).exists():
         index = ShardIndex.read(folder)
-        changed = sorted(key for key in settings if index.settings.get(key) != settings[key])
+        # Older folders do not say their text_length.
+        known = settings.keys() & index.settings.keys()
+        changed = sorted(key for key in known if index.settings[key] != settings[key])
         if changed:
             raise InputError(
                 f"{folder} holds data made with another {', '.join(changed)}; choose another "

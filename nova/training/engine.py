@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import DependencyError
+from ..errors import DependencyError, InputError
 from .divergence import LossWatch
 from .ema import EMA
 from .options import RunOptions
@@ -24,10 +24,12 @@ def make_accelerator(options: RunOptions) -> "Accelerator":
 
     Raises:
         DependencyError: accelerate is not installed.
+        InputError: accelerate refuses, as where the calling script has made an accelerator of
+            another precision before.
     """
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
     except ImportError as error:
         raise DependencyError(
             "training needs accelerate: pip install 'nova-kernels[train]'"
@@ -36,7 +38,16 @@ def make_accelerator(options: RunOptions) -> "Accelerator":
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # False is accelerate's "whatever there is", and would undo `accelerate launch --cpu`.
     cpu = {"cpu": True} if options.device == "cpu" else {}
-    return Accelerator(kwargs_handlers=[ddp], **cpu)
+    try:
+        # `Engine` does both itself. Left out, they come from the settings of `accelerate launch`.
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[ddp],
+            **cpu,
+        )
+    except ValueError as error:
+        raise InputError(f"accelerate cannot be set up for training: {error}") from error
 
 
 class Engine:

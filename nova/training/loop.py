@@ -80,16 +80,24 @@ def check_vae(data: LatentDataset, parts: FrozenParts) -> None:
     """Whether the data may have been encoded with the VAE that checkpoints will carry.
 
     Raises:
-        InputError: they scale latents differently.
+        InputError: they scale or shift latents differently.
     """
     if "vae" not in parts.folders:
         return
-    factor = read_json(parts.folders["vae"] / "config.json").get("scaling_factor")
-    if factor is not None and factor != data.index.scaling_factor:
-        raise InputError(
-            f"{data.folder} was encoded with a VAE of scaling factor {data.index.scaling_factor}, "
-            f"{parts.folders['vae']} has {factor}; encode again, or take the VAE that encoded it"
-        )
+    folder, index = parts.folders["vae"], data.index
+    config = read_json(folder / "config.json")
+    # A scaling factor that is not there is unknown, a shift that is not there is none.
+    factor = config.get("scaling_factor") or index.scaling_factor
+    shift = config.get("shift_factor") or 0.0
+    for name, encoded, carried in (
+        ("scaling factor", index.scaling_factor, factor),
+        ("shift factor", index.shift_factor, shift),
+    ):
+        if carried != encoded:
+            raise InputError(
+                f"{data.folder} was encoded with a VAE of {name} {encoded}, {folder} has "
+                f"{carried}; encode again, or take the VAE that encoded it"
+            )
 
 
 class NOVATask:

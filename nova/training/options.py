@@ -23,7 +23,8 @@ class RunOptions:
             None: all of its share. The result does not depend on it.
         learning_rate: after the warm-up.
         warmup_steps: linear, from 0.
-        schedule: "constant", or "cosine" down to min_learning_rate at the last step.
+        schedule: "constant", or "cosine" towards min_learning_rate, which a step after the last
+            would have.
         optimizer: "adamw", or "muon" (see `parameters.make_optimizers`).
         betas: of AdamW.
         weight_decay: of weights of two and more dimensions.
@@ -103,7 +104,7 @@ class TrainingOptions(RunOptions):
         prompt_dropout: share of samples whose prompt or class is replaced by the null one.
         mask_ratio_mean, mask_ratio_std, mask_ratio_min: of the truncated normal distribution on
             [min, 1] that the share of masked tokens is drawn from, once a step.
-        freeze_text_norm: keep the LayerNorm of the text embedding as it is.
+        freeze_text_norm: keep the LayerNorm of the text or class embedding as it is.
         freeze_motion: keep the motion embedding as it is; a model trained from nothing needs False.
         activation_checkpointing: 0 none, 1 video encoder, 2 image encoder too, 3 diffusion MLP
             too: less memory, more time.

@@ -14,23 +14,29 @@ def freeze(
 ) -> NOVATransformer:
     """Make a model trainable but for the parts that stay as they are.
 
+    With `text_norm` and `motion` these are the reference's.
+
     Args:
         num_frames: latent frames of the data. An image has no frame before it, so that nothing
             reads frame tokens or mixes features: those layers get no gradient, and would make
-            processes wait for it.
-        text_norm: freeze the LayerNorm of the text embedding.
+            processes wait for it. Its time embedding is that of frame 0 alone, and clips need it
+            as it is for all frames.
+        text_norm: freeze the LayerNorm of the text or class embedding.
         motion: freeze the motion embedding.
     """
     model.train().requires_grad_(True)
     frozen: list[nn.Module] = []
-    if text_norm and model.config.text_token_dim:
-        frozen.append(model.text_embed.norm)
+    if text_norm:
+        embed = model.text_embed if model.config.text_token_dim else model.label_embed
+        frozen.append(embed.norm)
     if motion and model.config.is_video:
         frozen.append(model.motion_embed)
     if num_frames == 1:
         frozen.append(model.video_encoder.patch_embed)
         if model.config.video_mixer_rank:
             frozen.append(model.video_encoder.mixer)
+        if not model.config.rotary_pos_embed:
+            frozen.append(model.video_pos_embed)
     for module in frozen:
         module.requires_grad_(False)
     return model

@@ -87,7 +87,7 @@ class TrainingSamples(Dataset):
         if sample.text is None:
             label = NULL_CLASS if dropped else sample.label
             return {**tensors, "label": torch.tensor(label)}
-        text = sample.text[: 0 if dropped else config.text_token_len]
+        text = sample.text[:0] if dropped else sample.text
         padding = config.text_token_len - len(text)
         return {
             **tensors,
@@ -111,6 +111,7 @@ def check_data(data: LatentDataset, config: ModelConfig) -> None:
 
     Raises:
         InputError: what does not fit.
+        CheckpointError: a shard is damaged.
     """
     channels, frames, height, width = data.latent_shape
     if (channels, height, width) != config.latent_shape:
@@ -123,6 +124,14 @@ def check_data(data: LatentDataset, config: ModelConfig) -> None:
         names = ["class labels" if d is None else f"text embeddings of width {d}" for d in
                  (data.index.text_dim, config.text_token_dim)]  # fmt: skip
         raise InputError(f"{data.folder} has {names[0]}, the model takes {names[1]}")
+    longest = data.longest_caption()
+    # Cut here, a caption would lose the end token that the tokenizer keeps when it cuts.
+    if config.text_token_dim and longest > config.text_token_len:
+        raise InputError(
+            f"{data.folder} has captions of up to {longest} tokens, the model takes "
+            f"{config.text_token_len}; encode again, into another folder, with --vae, "
+            f"--text-encoder and --text-length {config.text_token_len} (TextEncoder's max_length)"
+        )
     if frames > 1 and not config.is_video:
         raise InputError(f"{data.folder} has clips of {frames} latents; this is an image model")
 

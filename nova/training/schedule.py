@@ -9,7 +9,11 @@ from .options import RunOptions
 
 
 def learning_rate(step: int, options: RunOptions) -> float:
-    """Learning rate of optimiser step `step` (0 is the first): warm-up, then the schedule."""
+    """Learning rate of optimiser step `step` (0 is the first): warm-up, then the schedule.
+
+    The cosine is at min_learning_rate at step `options.steps`, one after the last, as in the
+    reference.
+    """
     peak, warmup = options.learning_rate, options.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup

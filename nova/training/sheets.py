@@ -85,9 +85,8 @@ def write_sample_sheet(
         pipeline: with a VAE.
         num_frames: latent frames.
     """
-    is_text = isinstance(conditions.conditions[0], Tensor)
-    length = pipeline.config.text_token_len
-    given = [c[:length] for c in conditions.conditions] if is_text else conditions.conditions
+    given = conditions.conditions
+    is_text = isinstance(given[0], Tensor)
     output = pipeline(
         **{"prompt_embeds" if is_text else "prompt": given},
         num_inference_steps=options.sample_steps,
