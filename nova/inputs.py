@@ -14,6 +14,7 @@ from .config import ModelConfig
 from .errors import InputError
 from .media import read_image, read_video
 from .media.pixels import fit
+from .media.reading import image_to_array
 from .model import NULL_CLASS, TextEmbed
 from .text import PromptTruncationWarning
 
@@ -148,7 +149,7 @@ def _array(value: Any, read, dims: int, name: str) -> np.ndarray:
     if isinstance(value, str | os.PathLike):
         return read(value)
     if hasattr(value, "convert"):  # a PIL image
-        value = value.convert("RGB")
+        value = image_to_array(value)
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or not array.size:
         shape = "(height, width, 3)" if dims == 3 else "(frames, height, width, 3)"

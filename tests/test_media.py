@@ -1,8 +1,10 @@
 """Images and videos: round trips, odd inputs, damaged files, and that failures leave nothing."""
 
+import struct
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 
 from nova import media
 from nova.errors import DependencyError, InputError, MediaError
+from nova.inputs import image_pixels, video_pixels
+from nova.media import reading
 
 
 def moving_square(frames=24, height=64, width=96):
@@ -42,15 +46,21 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
 
 
-def encode_with_av(path, frames, container, codec, rotation=0):
+def encode_with_av(path, frames, container, codec, rotation=0, instants=None):
+    """Encode at 12 fps, or with each frame at its instant in seconds."""
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream(codec, rate=12)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
-        for frame in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        if instants is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            if instants is not None:
+                frame.pts, frame.time_base = round(1000 * instants[index]), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
 
 
@@ -260,6 +270,24 @@ def test_animated_image_gives_its_first_frame(tmp_path):
     assert psnr(media.read_image(tmp_path / "clip.gif"), clip[0]) > 30
 
 
+def test_a_pil_image_is_read_as_its_file(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = moving_square(1)[0]
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    alpha = np.dstack([pixels, pixels[..., 1]])
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    Image.fromarray(alpha).quantize().save(tmp_path / "palette.png")
+    Image.fromarray(pixels[..., 1].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("turned", "alpha", "palette", "deep"):
+        path = tmp_path / f"{name}.png"
+        size = media.read_image(path).shape[:2]
+        with Image.open(path) as image:
+            assert torch.equal(image_pixels(image, size), image_pixels(path, size)), name
+            clip = video_pixels([image], size, fps=12)
+            assert torch.equal(clip, video_pixels([path], size, fps=12)), name
+
+
 # --- reading: time, rotation, containers ----------------------------------------------------
 
 
@@ -298,6 +326,49 @@ def test_resampling_keeps_the_duration(tmp_path, fps, container, codec):
 
 
 @pytest.mark.parametrize(
+    "order",
+    [
+        [*range(12), *[12] * 12],
+        [*[0] * 11, *range(1, 14)],
+        [0, 1, 2, *[3] * 9, 4, *[5] * 7, 6, 7, 8, 9],
+        [0] * 12 + [1] * 12,
+        [0] * 24,
+    ],
+)
+@pytest.mark.parametrize("fps", [8, 12])  # of 8, time stamps lie half a hundredth off at most
+def test_gif_frames_that_are_held(tmp_path, order, fps):
+    path = media.save(tmp_path / "held.gif", numbered(24)[order], fps=fps)
+    assert len(media.read_video(path)[0]) < 24  # equal frames are one
+    assert numbers(media.read_video(path, fps=fps)[0]) == order
+    assert numbers(media.read_video(path, fps=fps / 2)[0]) == order[::2]
+    double = media.read_video(path, fps=2 * fps, start=1, max_frames=9)[0]
+    assert numbers(double) == np.repeat(order[fps:], 2)[:9].tolist()
+
+
+@pytest.mark.parametrize(
+    "container,codec", [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9")]
+)
+def test_variable_frame_rate(tmp_path, container, codec):
+    instants = [0, 0.1, 0.2, 0.3, 1.0, 1.1, 2.0]
+    encode_with_av(tmp_path / "clip", numbered(7), container, codec, instants=instants)
+    frames, _ = media.read_video(tmp_path / "clip", fps=10)
+    assert numbers(frames)[:21] == [0, 1, 2, *[3] * 7, 4, *[5] * 9, 6]
+
+
+@pytest.mark.parametrize("container,codec", [("webm", "libvpx-vp9"), ("matroska", "libx264")])
+def test_a_piece_of_a_longer_video(tmp_path, container, codec):
+    # Segments keep the time stamps of the whole.
+    instants = [5 + k / 12 for k in range(24)]
+    encode_with_av(tmp_path / "piece", numbered(24), container, codec, instants=instants)
+    frames, _ = media.read_video(tmp_path / "piece", fps=12)
+    assert numbers(frames) == list(range(24))
+    data = (tmp_path / "piece").read_bytes()
+    (tmp_path / "cut").write_bytes(data[: len(data) * 4 // 5])
+    with pytest.raises(MediaError, match="truncated"):
+        media.read_video(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
     "container,codec", [("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("matroska", "libx264")]
 )
 def test_other_containers(tmp_path, container, codec):
@@ -314,6 +385,50 @@ def test_rotation_is_applied(tmp_path):
     frames, _ = media.read_video(tmp_path / "turned.mp4")
     assert frames.shape == (3, 96, 64, 3)
     assert psnr(frames, np.rot90(clip, 1, axes=(1, 2))) > 24
+
+
+ORIENTATIONS = {  # a, b, c, d of the display matrix, and what ffmpeg shows of an image
+    "as it is": ((1, 0, 0, 1), lambda image: image),
+    "mirrored": ((-1, 0, 0, 1), np.fliplr),
+    "upside down": ((1, 0, 0, -1), np.flipud),
+    "half a turn": ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
+    "clockwise": ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
+    "counter-clockwise": ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
+    "transposed": ((0, 1, 1, 0), lambda image: image.swapaxes(0, 1)),
+    "transposed, half a turn": ((0, -1, -1, 0), lambda image: np.rot90(image, 2).swapaxes(0, 1)),
+}
+
+
+def display_matrix(a, b, c, d):
+    """The 9 numbers of an mp4's track header: 16.16 fixed point, the last 2.30."""
+    one = 1 << 16
+    return struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_mirrored_and_turned_videos(tmp_path, orientation):
+    matrix, shown = ORIENTATIONS[orientation]
+    path = media.save(tmp_path / "clip.mp4", moving_square(3), fps=12)
+    plain, _ = media.read_video(path)
+    data = path.read_bytes()
+    start = data.index(display_matrix(1, 0, 0, 1), data.index(b"tkhd"))
+    path.write_bytes(data[:start] + display_matrix(*matrix) + data[start + 36 :])
+    frames, _ = media.read_video(path)
+    assert np.array_equal(frames, np.stack([shown(image) for image in plain]))
+
+
+@pytest.mark.parametrize("angle", [-180, -90, 0, 90, 180])
+def test_rotation_beside_unknown_side_data(angle):
+    class Frame:
+        rotation = angle
+
+        @property
+        def side_data(self):  # PyAV wraps all side data at once, and fails at types it lacks
+            raise ValueError("99 is not a valid Type")
+
+    image = moving_square(1)[0]
+    turned = reading._oriented(image, reading._display_matrix(Frame()))
+    assert np.array_equal(turned, np.rot90(image, angle // 90))
 
 
 # --- reading: what is wrong with a file -----------------------------------------------------

@@ -17,6 +17,9 @@ from .video_writer import frame_rate
 
 UNSPECIFIED_COLORSPACE = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED, which PyAV gives as a number
 
+# Time stamps of a GIF are whole hundredths of a second: a frame may come half of one too late.
+HELD_ROUNDING = 0.006
+
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read an image file as (H, W, 3) uint8.
@@ -28,17 +31,22 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         MediaError: the file is missing, no image, or damaged.
     """
     path = _existing_file(path)
-    image_module, image_ops = require("PIL.Image"), require("PIL.ImageOps")
+    image_module = require("PIL.Image")
     try:
         with image_module.open(path) as image:
-            return _rgb_image(image_ops.exif_transpose(image))
+            return image_to_array(image)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
         raise MediaError(
             f"{path} cannot be read as an image: it is damaged, or not an image ({error})."
         ) from error
 
 
-def _rgb_image(image: Any) -> np.ndarray:
+def image_to_array(image: Any) -> np.ndarray:
+    """A PIL image as (H, W, 3) uint8: what `read_image` gives of its file.
+
+    The EXIF orientation is applied, transparency is laid over white, and 16 bits become 8.
+    """
+    image = require("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it
         grey = (np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
@@ -64,15 +72,16 @@ def read_video(
 
     Args:
         path: the file.
-        fps: wanted frames a second; every instant takes the nearest frame of the file.
-            None keeps the file's frames as they are.
+        fps: wanted frames a second; every instant takes the nearest frame of the file, and a
+            frame that the file holds for long stays until the next one.
+            None keeps the file's frames as they are: one that is held counts once.
         max_frames: at most so many frames; None for all.
         start: seconds to skip at the beginning.
         last: with max_frames, keep the last frames of the file and not the first.
 
     Returns:
-        (frames, fps): uint8 (T, H, W, 3) with T >= 1, and the frame rate as a float. Rotation
-        that the file asks for is applied.
+        (frames, fps): uint8 (T, H, W, 3) with T >= 1, and the frame rate as a float. Turning
+        and mirroring that the file asks for are applied.
 
     Raises:
         MediaError: the file is missing, no video, damaged, truncated, or ends before `start`.
@@ -93,7 +102,10 @@ def read_video(
             if fps is None:
                 chosen = (frame for time, frame in decoded if time > start - 0.1 / native_fps)
             else:
-                chosen = _nearest_frames(decoded, native_fps, fps, start)
+                # A GIF leaves out every frame that equals the one before: its mean rate says
+                # nothing about how long a frame should last.
+                usual_fps = math.inf if container.format.name == "gif" else native_fps
+                chosen = _nearest_frames(decoded, usual_fps, fps, start)
             frames = _collect(chosen, max_frames, last)
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, MediaError):
@@ -153,7 +165,9 @@ def _decode(
         raise MediaError(f"{path} contains no video frames.")
     # A demuxer may take a truncated file for a short one: only the header knows better.
     if container.duration is not None:
-        stated = (container.duration + (container.start_time or 0)) / 1e6
+        stated = container.duration / 1e6
+        if "matroska" not in container.format.name:  # there FFmpeg's duration counts from 0
+            stated += (container.start_time or 0) / 1e6
         if end < stated - 0.25:
             raise MediaError(
                 f"{path} is truncated: it should last {stated:.2f} s and ends after {end:.2f} s."
@@ -161,21 +175,29 @@ def _decode(
 
 
 def _nearest_frames(
-    decoded: Iterable[tuple[float, Any]], native_fps: float, fps: float, start: float
+    decoded: Iterable[tuple[float, Any]], usual_fps: float, fps: float, start: float
 ) -> Iterator[Any]:
-    """Yield, for each instant start + k / fps within the video, the frame nearest to it."""
+    """Yield, for each instant start + k / fps within the video, the frame to show.
+
+    It is the nearest one; but a frame held for longer than usual stays until the next one, and
+    the last for all its duration. With usual_fps = inf every frame is held.
+    """
     k = 0
     previous = None
     previous_time = 0.0
-    rounding = 0.1 / native_fps  # time stamps of some containers are rounded to a millisecond
+    usual = 1 / usual_fps
+    rounding = 0.1 / usual_fps  # time stamps of some containers are rounded to a millisecond
     for time, frame in decoded:
-        middle = (previous_time + time) / 2
-        while previous is not None and start + k / fps < middle + rounding:
+        held = time - previous_time > 1.5 * usual
+        switch = time - HELD_ROUNDING if held else (previous_time + time) / 2 + rounding
+        while previous is not None and start + k / fps < switch:
             yield previous
             k += 1
         previous, previous_time = frame, time
-    end = previous_time + 1 / native_fps - rounding
-    while previous is not None and start + k / fps < end:
+    duration = float(previous.duration * (previous.time_base or 0))  # 0 where the file has none
+    held = duration > 1.5 * usual
+    end = previous_time + duration - HELD_ROUNDING if held else previous_time + usual - rounding
+    while start + k / fps < end:
         yield previous
         k += 1
 
@@ -183,10 +205,13 @@ def _nearest_frames(
 def _collect(chosen: Iterable[Any], max_frames: int | None, last: bool) -> list[np.ndarray]:
     """Convert the chosen frames to arrays, keeping the first or last max_frames."""
     if last:
-        return [_frame_to_array(frame) for frame in deque(chosen, maxlen=max_frames)]
+        chosen = deque(chosen, maxlen=max_frames)
     frames = []
+    matrix = None
     for frame in chosen:
-        frames.append(_frame_to_array(frame))
+        # Once a file: PyAV keeps a frame whose side data were read until a garbage collection.
+        matrix = matrix or _display_matrix(frame)
+        frames.append(np.ascontiguousarray(_oriented(_frame_to_array(frame), matrix)))
         if len(frames) == max_frames:
             break
     return frames
@@ -200,12 +225,35 @@ def _frame_to_array(frame: Any) -> np.ndarray:
         standard = "ITU709" if frame.height >= 720 else "ITU601"
         options["src_colorspace"] = reformatter.Colorspace[standard]
     if any(component.is_alpha for component in frame.format.components):
-        pixels = _over_white(frame.to_ndarray(format="rgba", **options))
+        return _over_white(frame.to_ndarray(format="rgba", **options))
+    return frame.to_ndarray(format="rgb24", **options)
+
+
+def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
+    """(a, b, c, d): the file asks to show a pixel (x, y) at (a x + c y, b x + d y), but for shifts.
+
+    Values may be fixed-point: only their signs and relative sizes count.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the type of some other side data of the frame
+        angle = math.radians(frame.rotation)  # counter-clockwise; mirroring is lost
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _oriented(pixels: np.ndarray, matrix: tuple[float, float, float, float]) -> np.ndarray:
+    """Turn by quarters and mirror (H, W, 3) as the display matrix says: a view of the pixels."""
+    a, b, c, d = matrix
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        x_sign, y_sign = a, d
     else:
-        pixels = frame.to_ndarray(format="rgb24", **options)
-    # The display matrix gives a counter-clockwise angle, as rot90 does.
-    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))
+        pixels = pixels.swapaxes(0, 1)
+        x_sign, y_sign = c, b
+    return pixels[:: -1 if y_sign < 0 else 1, :: -1 if x_sign < 0 else 1]
 
 
 def _existing_file(path: str | os.PathLike) -> Path:
