@@ -3,8 +3,8 @@
 import pytest
 import torch
 from kernel_cases import attention
-from kernels import gate
 from library_stand_ins import FLASH_MODULES, stand_in
+from op_times import gate
 
 from nova.libraries import packages
 from nova_kernels.block_layout import BlockLayout
