@@ -16,12 +16,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from denoise_costs import CARDS, step_cost
-from measure import is_lost, machine, relative_error, timed, write_rows
+from measure import is_lost, machine, relative_error, results_file, timed, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -253,7 +252,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=25, help="denoise steps")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU, in float32")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=results_file, help="write the rows to this file")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not arguments.cpu
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -1,5 +1,6 @@
 """What every benchmark does alike: time, peak memory, the machine it ran on, results files."""
 
+import argparse
 import json
 import os
 import platform
@@ -142,6 +143,15 @@ def check_file(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
+
+
+def results_file(text: str) -> Path:
+    """A path for `--json` of argparse: one that can be written, see `check_file`."""
+    try:
+        check_file(Path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def write_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

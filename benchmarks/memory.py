@@ -146,12 +146,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file that can be written; none if it is new.
+
+    Raises:
+        SystemExit: it cannot be read or written, or holds something else.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = json.loads(path.read_text() or "[]") if path.exists() else []
+        with path.open("a"):  # what is in it stays
+            pass
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--json: {path} cannot be used: {error}") from error
+    if not isinstance(rows, list):
+        raise SystemExit(f"--json: {path} holds no list of rows; name another file")
+    return rows
+
+
 def main(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
     if arguments.worker:
         sys.path.insert(0, str(ROOT))
-        print(json.dumps(PARTS[arguments.part](arguments)))
+        from nova.errors import NovaError
+
+        try:
+            print(json.dumps(PARTS[arguments.part](arguments)))
+        except NovaError as error:
+            raise SystemExit(str(error)) from error
         return
+    if arguments.part == "sampling" and arguments.batch < 1:
+        parser.error(f"--batch must be at least 1, got {arguments.batch}")
+    rows = [] if arguments.json is None else earlier_rows(arguments.json)
     # On some systems a process starts with its parent's peak, so this one must not import torch,
     # nor `measure`, which does.
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker"]
@@ -171,8 +198,6 @@ def main(argv: list[str]) -> None:
     }
     print(json.dumps(row, indent=1))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
         arguments.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 

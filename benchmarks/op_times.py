@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from compile_report import compile_rows, faults, print_compile_table
 from graph_times import graph_microseconds
 from kernel_cases import KernelCase, kernel_cases
 from kernel_table import print_times
-from measure import is_lost, machine, relative_error, write_rows
+from measure import is_lost, machine, relative_error, results_file, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -264,7 +263,7 @@ def main() -> int:
         help="also what torch.compile makes, FlexAttention too; it takes minutes",
     )
     parser.add_argument("--compile-report", action="store_true", help="compile, measure nothing")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=results_file, help="write the rows to this file")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     cases = [case for case in kernel_cases() if arguments.op in (None, case.op)]

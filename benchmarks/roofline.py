@@ -11,14 +11,13 @@ figures are what they allow, not what runs. No program of this package enters ei
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from ceilings import CARDS, Ceilings, measure_ceilings
 from fps_table import PUBLISHED
 from fps_workloads import RELEASED_VIDEO, TRAINED_FRAMES
-from measure import machine, write_rows
+from measure import machine, results_file, write_rows
 from rich.console import Console
 from rich.table import Table
 from work_counts import VAE, Work, sampling_work, total, vae_work
@@ -146,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--diffusion-steps", type=int, default=25, help="diffusion steps D")
     add("--guidance", type=float, default=5.0, help="guidance scale; up to 1: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, help="write the rows to this file")
+    add("--json", type=results_file, help="write the rows to this file")
     return parser
 
 

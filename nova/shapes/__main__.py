@@ -3,6 +3,8 @@
 import argparse
 
 from .. import media
+from ..errors import NovaError
+from ..media.video_writer import IMAGE_FORMATS
 from ..motion import require_opencv
 from .accuracy import degrade, measuring_accuracy
 from .dataset import ShapesDataset
@@ -19,13 +21,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.out is None and options.accuracy is None:
         parser.error("give --out FILE or --accuracy N")
-    if options.out is not None:
-        write_sheet(options)
-    if options.accuracy is not None:
-        print_accuracy(options)
+    if options.accuracy is not None and options.accuracy < 1:
+        parser.error(f"--accuracy must be at least 1, got {options.accuracy}")
+    try:
+        if options.out is not None:
+            write_sheet(options)
+        if options.accuracy is not None:
+            print_accuracy(options)
+    except NovaError as error:
+        parser.error(str(error))
 
 
 def write_sheet(options: argparse.Namespace) -> None:
+    media.check_writable(options.out, tuple(IMAGE_FORMATS))
     dataset = ShapesDataset(
         options.seed, options.count, options.frames, options.side, options.side, held_out=None
     )
