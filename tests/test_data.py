@@ -80,13 +80,16 @@ def test_frames_at_the_wanted_rate(tmp_path):
 def test_jsonl_with_captions_and_labels(tmp_path):
     for name in ("x.png", "y.png"):
         write_image(tmp_path / name, clip_frames(1)[0])
-    lines = [{"file": "y.png", "caption": "why"}, {"file": "x.png", "label": 7}]
+    # JSON may hold U+2028, which str.splitlines() takes for an end of line.
+    lines = [{"file": "y.png", "caption": "why\u2028not"}, {"file": "x.png", "label": 7}]
     captions = tmp_path / "captions.jsonl"
-    captions.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    text = [json.dumps(line, ensure_ascii=False) for line in lines]
+    captions.write_text("\n".join(text) + "\n\n", encoding="utf-8")
     source = FolderSource(tmp_path, IMAGE)
     assert [source[i].key for i in range(2)] == ["y.png", "x.png"]
     assert source[0].frames.shape == (1, 32, 32, 3)
-    assert (source[0].caption, source[0].label, source[0].motion_flow) == ("why", None, 0.0)
+    assert (source[0].caption, source[0].label) == ("why\u2028not", None)
+    assert source[0].motion_flow == 0.0
     assert (source[1].caption, source[1].label) == (None, 7)
 
 
@@ -239,6 +242,39 @@ def test_another_model_or_source_is_refused(tmp_path, codec, text_encoder):
     other = LatentCodec(new_vae(VAEConfig.tiny(), seed=1))
     with pytest.raises(InputError, match="another vae;"):
         encode_clips(GradientSource(3), tmp_path, other, text_encoder, **options)
+
+
+def test_a_source_that_changed_is_refused(tmp_path, codec, text_encoder):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write_image(folder / "x.png", clip_frames(1)[0])
+    (folder / "x.txt").write_text("a gradient")
+
+    def encode():
+        return encode_clips(
+            FolderSource(folder, IMAGE), tmp_path / "data", codec, text_encoder, show_progress=False
+        )
+
+    encode()
+    encode()  # nothing changed
+    (folder / "x.txt").write_text("another one")
+    with pytest.raises(InputError, match="another source;"):
+        encode()
+    # Folders that were encoded before this was recorded go on as they did.
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    del index["settings"]["source"]["contents"]
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index))
+    encode()
+
+
+def test_captions_are_checked_before_the_vae_runs(tmp_path, codec, text_encoder, monkeypatch):
+    monkeypatch.setattr(LatentCodec, "encode", None)
+    monkeypatch.setattr(type(codec.module), "encode_moments", None)
+    with pytest.raises(InputError, match="captions need a text encoder; give .*--text-encoder"):
+        encode_clips(GradientSource(3), tmp_path / "a", codec, show_progress=False)
+    labels = GradientSource(3, num_frames=1, labels=True)
+    with pytest.raises(InputError, match="take no text encoder; leave text_encoder"):
+        encode_clips(labels, tmp_path / "b", codec, text_encoder, show_progress=False)
 
 
 def test_lengths_of_captions(tmp_path, codec, tiny_video_folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from nova.checkpoint import CheckpointError, write_json
 from nova.cli import parts
 from nova.cli.app import app
 from nova.codec import LatentCodec, to_pixels
-from nova.errors import InputError
+from nova.errors import InputError, MediaError
+from nova.generation_config import GenerationConfig
 from nova.media import read_image, write_video
 from nova.pipeline import NOVAPipeline
 from nova.schedule import DDPMConfig, FlowMatchConfig
@@ -683,3 +685,53 @@ def test_bad_usage(tmp_path, arguments, code, message):
     result = nova(*arguments, "--out", tmp_path / "out")
     assert result.exit_code == code
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+# What a run is found out about before it begins ---------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_scheduler(tmp_path, data):
+    run(tmp_path, data, steps=2, scheduler=DDPMConfig(beta_end=0.01))
+    with pytest.raises(InputError, match=r"was started with DDPM \(--ddpm\), not flow matching"):
+        run(tmp_path, data, resume=True)
+    with pytest.raises(InputError, match="a scheduler of beta_end=0.01; go on with the same"):
+        run(tmp_path, data, scheduler=DDPMConfig(), resume=True)
+    run(tmp_path, data, scheduler=DDPMConfig(beta_end=0.01), resume=True)
+
+
+def test_checkpoints_recommend_what_the_model_did(tmp_path, data):
+    recommended = GenerationConfig(num_inference_steps=16, guidance_scale=2.5)
+    checkpoint = run(tmp_path, data, parts=FrozenParts(generation_config=recommended))
+    assert GenerationConfig.read(checkpoint) == recommended
+
+
+def test_a_fine_tuned_model_keeps_its_recommendations(tiny_video_folder, tmp_path):
+    shutil.copytree(tiny_video_folder, tmp_path / "model")
+    recommended = GenerationConfig(num_inference_steps=16, guidance_scale=2.5)
+    recommended.write(tmp_path / "model")
+    found = parts.released_model(tmp_path / "model").parts
+    assert found.generation_config == recommended
+
+
+@pytest.mark.parametrize("start", [run, run_vae])
+def test_a_folder_that_cannot_be_made(tmp_path, data, start):
+    (tmp_path / "file").write_text("")
+    source = data if start is run else GradientSource(4)
+    with pytest.raises(MediaError, match="cannot be made, or not be written into"):
+        start(tmp_path / "file", source)
+
+
+def test_a_text_encoder_that_is_there_stays(tmp_path):
+    options = TextEncoderOptions(hidden_size=32, num_heads=2, num_layers=1, steps=0)
+    make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
+    with pytest.raises(InputError, match="text_encoder is there already"):
+        make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MediaError, match="cannot be made"):
+        make_text_encoder(["a red circle"], tmp_path / "file", options, show_progress=False)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), -1.0])
+def test_a_learning_rate_that_is_none(rate):
+    with pytest.raises(InputError, match="learning_rate .--lr. must be finite"):
+        TextEncoderOptions(learning_rate=rate)

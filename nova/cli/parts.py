@@ -11,6 +11,7 @@ from ..config import NAMED_CONFIGS, ModelConfig, named_config
 from ..devices import out_of_memory
 from ..errors import CheckpointError, InputError
 from ..folders import read_configs
+from ..generation_config import GenerationConfig
 from ..model import NOVATransformer
 from ..pipeline import NOVAPipeline
 from ..schedule import DDPMConfig, FlowMatchConfig, SchedulerConfig
@@ -96,15 +97,18 @@ def released_model(
     model, parts = pipeline.transformer, FrozenParts.of(folder)
     if text_encoder is not None:
         model = _with_new_text(model, text_encoder, seed)
-        parts = _carried(parts.folders.get("vae"), text_encoder)
+        parts = _carried(parts.folders.get("vae"), text_encoder, parts.generation_config)
     return TrainedModel(model, pipeline.scheduler, parts)
 
 
-def _carried(vae: Path | None, text_encoder: Path | None) -> FrozenParts:
+def _carried(
+    vae: Path | None, text_encoder: Path | None, recommended: GenerationConfig | None = None
+) -> FrozenParts:
     """`text_encoder` is the parent of text_encoder/ and tokenizer/."""
     if text_encoder is None:
-        return FrozenParts(vae)
-    return FrozenParts(vae, text_encoder / "text_encoder", text_encoder / "tokenizer")
+        return FrozenParts(vae, generation_config=recommended)
+    folders = text_encoder / "text_encoder", text_encoder / "tokenizer"
+    return FrozenParts(vae, *folders, recommended)
 
 
 def _with_new_text(model: NOVATransformer, text_encoder: Path, seed: int) -> NOVATransformer:

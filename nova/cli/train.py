@@ -186,9 +186,11 @@ def train(
 
     from ..data import LatentDataset
     from ..training.loop import train as run
+    from ..training.output_folder import make_output_folder
     from .parts import fresh_model, released_model
 
     dataset = LatentDataset(data, max_latent_length=max_latent_length)
+    make_output_folder(options.out)
     trained: TrainedModel
     if model is not None:
         trained = released_model(model, text_encoder, seed)

@@ -51,20 +51,12 @@ def train_text_encoder(
     nova train-text-encoder shapes --labels --clips 60000 --steps 5000 --out runs/text
     """
     from ..errors import NovaError
-    from ..training.text_encoder import TextEncoderOptions, make_text_encoder
+    from ..training.text_encoder import TextEncoderOptions, make_text_encoder, make_text_folders
 
     if labels and source != SHAPES:
         raise typer.BadParameter(
             "what captions say is known of shapes alone; leave --labels out", param_hint="--labels"
         )
-    # Frames are not read, whatever their size and rate.
-    clip_source = open_source(source, 1, 64, 64, 12.0, captions, clips, shapes_seed)
-    sentences = []
-    for index in range(len(clip_source)):
-        try:
-            sentences.append(clip_source.caption(index))
-        except NovaError as error:
-            echo(f"left out: {error}")
     options = TextEncoderOptions(
         hidden_size=width,
         num_layers=layers,
@@ -75,6 +67,16 @@ def train_text_encoder(
         learning_rate=lr,
         seed=seed,
     )
+    # Frames are not read, whatever their size and rate.
+    clip_source = open_source(source, 1, 64, 64, 12.0, captions, clips, shapes_seed)
+    # Before captions are read, which are drawn one by one where they are of shapes.
+    make_text_folders(out)
+    sentences = []
+    for index in range(len(clip_source)):
+        try:
+            sentences.append(clip_source.caption(index))
+        except NovaError as error:
+            echo(f"left out: {error}")
     losses: list[float] = []
     folders = make_text_encoder(
         [sentence for sentence in sentences if sentence],

@@ -111,12 +111,14 @@ def train_vae(
         progress=not quiet,
     )
 
+    from ..training.output_folder import make_output_folder
     from ..training.vae_loop import train_vae as run
     from .parts import open_vae
 
     clip_source = open_source(
         source, frames, *size, fps, captions, clips, shapes_seed, frames_only=True
     )
+    make_output_folder(options.out)
     module = open_vae(config, vae, seed)
     count = sum(parameter.numel() for parameter in module.parameters())
     echo(f"{source}: {len(clip_source)} clips; {count / 1e6:.1f} M parameters")

@@ -75,6 +75,7 @@ def encode_clips(
             for clip in islice(clips, stop - start):
                 # Reasons may have line breaks, the report has one line a clip.
                 if isinstance(clip, Clip):
+                    _check_condition(clip, text_encoder)
                     usable.append(clip)
                 else:
                     skipped.append([" ".join(part.split()) for part in clip])
@@ -114,9 +115,9 @@ def _open_index(
     }
     if (folder / INDEX_NAME).exists():
         index = ShardIndex.read(folder)
-        # Older folders do not say their text_length.
+        # Older folders do not say their text_length, nor the contents of their source.
         known = settings.keys() & index.settings.keys()
-        changed = sorted(key for key in known if index.settings[key] != settings[key])
+        changed = sorted(key for key in known if _differ(index.settings[key], settings[key]))
         if changed:
             raise InputError(
                 f"{folder} holds data made with another {', '.join(changed)}; choose another "
@@ -146,6 +147,13 @@ def _open_index(
         scaling_factor=codec.scaling_factor,
         shift_factor=codec.shift_factor,
     )
+
+
+def _differ(recorded: Any, given: Any) -> bool:
+    """Whether a setting is another one; what was not recorded counts as the same."""
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        given = {key: value for key, value in given.items() if key in recorded}
+    return recorded != given
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -189,6 +197,20 @@ def _as_it_is(clip: Any) -> Any:
     return clip
 
 
+def _check_condition(clip: Clip, text_encoder: TextEncoder | None) -> None:
+    """Before the VAE, which takes long: whether the clip has what it is encoded with."""
+    if text_encoder is None and clip.label is None:
+        raise InputError(
+            f"{clip.key}: clips with captions need a text encoder; give text_encoder "
+            "(--text-encoder)"
+        )
+    if text_encoder is not None and clip.caption is None:
+        raise InputError(
+            f"{clip.key}: clips with class labels alone take no text encoder; leave text_encoder "
+            "(--text-encoder) out, and --model if it reads prompts (--vae in its place)"
+        )
+
+
 def _encode(
     clips: list[Clip],
     codec: LatentCodec,
@@ -209,11 +231,7 @@ def _encode(
         "fps": torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
     }
     if text_encoder is None:
-        if any(clip.label is None for clip in clips):
-            raise InputError("clips with captions need a text encoder")
         return {**tensors, "label": torch.tensor([clip.label for clip in clips])}
-    if any(clip.caption is None for clip in clips):
-        raise InputError("clips with class labels alone take no text encoder")
     embeddings = text_encoder.encode([clip.caption for clip in clips])
     lengths = torch.tensor([0, *(len(embedding) for embedding in embeddings)])
     text = torch.cat(embeddings).cpu()

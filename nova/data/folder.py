@@ -88,11 +88,14 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         listing = json.dumps([(e.key, e.caption, e.label) for e in self._entries])
+        contents = json.dumps([_contents(entry) for entry in self._entries])
         return {
             "kind": "folder",
             "folder": str(self.folder.resolve()),
             "files": len(self),
             "listing": hashlib.sha256(listing.encode()).hexdigest(),
+            # Beside the listing: it is not in the index of folders that were encoded before.
+            "contents": hashlib.sha256(contents.encode()).hexdigest(),
             "format": self.format.to_dict(),
         }
 
@@ -117,6 +120,22 @@ def _find_files(folder: Path) -> list[_Entry]:
     return [_Entry(path, str(path.relative_to(folder)), None, None) for path in paths]
 
 
+def _contents(entry: _Entry) -> tuple[int | None, int | None, str | None]:
+    """What changes with a file: its size, its time in ns, and the text beside it.
+
+    None for what cannot be read, of which an error tells when the clip is.
+    """
+    size = time = caption = None
+    try:
+        status = entry.path.stat()
+        size, time = status.st_size, status.st_mtime_ns
+        if entry.caption is None and entry.label is None:
+            caption = _sidecar_caption(entry.path)
+    except (OSError, InputError):
+        pass
+    return size, time, caption
+
+
 def _sidecar_caption(path: Path) -> str:
     sidecar = path.with_suffix(".txt")
     try:
@@ -130,12 +149,13 @@ def _sidecar_caption(path: Path) -> str:
 
 def _read_captions(path: Path) -> list[_Entry]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    # JSON may hold what splitlines() takes for an end of line, such as U+2028.
     return [
         _parse_line(line, path, number)
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint import read_json, write_json
 from ..errors import CheckpointError
+from ..generation_config import GenerationConfig
 
 _PARTIAL = ".partial-"
 
@@ -61,10 +62,11 @@ class Checkpoints:
 
 
 class FrozenParts:
-    """VAE, text encoder and tokenizer that a checkpoint carries along unchanged.
+    """What a checkpoint carries along unchanged: VAE, text encoder, tokenizer, recommendations.
 
     Args:
         vae, text_encoder, tokenizer: folders in diffusers' layout, or None.
+        generation_config: what checkpoints recommend for sampling; None: the reference's values.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class FrozenParts:
         vae: Path | None = None,
         text_encoder: Path | None = None,
         tokenizer: Path | None = None,
+        generation_config: GenerationConfig | None = None,
     ):
+        self.generation_config = generation_config or GenerationConfig()
         named = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         self.folders = {name: Path(path) for name, path in named.items() if path is not None}
         missing = [str(path) for path in self.folders.values() if not path.is_dir()]
@@ -83,7 +87,8 @@ class FrozenParts:
     def of(cls, folder: Path) -> "FrozenParts":
         """Those that a checkpoint folder has."""
         names = ("vae", "text_encoder", "tokenizer")
-        return cls(**{name: folder / name for name in names if (folder / name).is_dir()})
+        found = {name: folder / name for name in names if (folder / name).is_dir()}
+        return cls(**found, generation_config=GenerationConfig.read(folder))
 
     def link_into(self, folder: Path) -> None:
         """Put the parts into a checkpoint folder and its model_index.json.

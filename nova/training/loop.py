@@ -10,7 +10,7 @@ from ..data import LatentDataset
 from ..errors import InputError
 from ..model import NOVATransformer
 from ..pipeline import NOVAPipeline
-from ..schedule import SchedulerConfig
+from ..schedule import FlowMatchConfig, SchedulerConfig, scheduler_from_dict
 from .activation_checkpointing import activation_checkpointing
 from .checkpoints import FrozenParts
 from .engine import Engine, make_accelerator
@@ -50,15 +50,17 @@ def train(
         The last checkpoint's folder.
 
     Raises:
-        InputError: data and model do not fit, the batch cannot be split, or `out` has checkpoints
-            already and `resume` was not asked for.
+        InputError: data and model do not fit, the batch cannot be split, `out` has checkpoints
+            already and `resume` was not asked for, or the resumed run had another scheduler.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
+        MediaError: `out` cannot be made, or not be written into.
     """
     accelerator = make_accelerator(options)
     samples = TrainingSamples(data, model.config, scheduler, options)
     resumed = find_resumed(options, _FIXED)
     if resumed is not None:
+        check_scheduler(resumed, scheduler)
         load_strict(model, load_state_dict(resumed / "transformer"), str(resumed / "transformer"))
     parts = FrozenParts() if parts is None else parts
     check_vae(data, parts)
@@ -74,6 +76,33 @@ def train(
     with activation_checkpointing(model, options.activation_checkpointing):
         per_step = sampler.micro_batches_per_step
         return run_steps(engine, task, batches, per_step, options, resumed, on_step)
+
+
+def check_scheduler(resumed: Path, scheduler: SchedulerConfig) -> None:
+    """Whether a run's checkpoint was trained with this scheduler.
+
+    Raises:
+        InputError: it was another one, so that going on would change the objective.
+        CheckpointError, ConfigError: what is wrong with the checkpoint's file.
+    """
+    path = resumed / "scheduler" / "scheduler_config.json"
+    # A file may name a class for sampling and one for training; the objective is the latter's.
+    before = scheduler_from_dict(read_json(path), kind="noise")
+    if type(before) is not type(scheduler):
+        names = _objective_name(before), _objective_name(scheduler)
+        raise InputError(
+            f"this run was started with {names[0]}, not {names[1]}; go on with the same"
+        )
+    given = vars(scheduler)
+    changed = [f"{name}={value!r}" for name, value in vars(before).items() if given[name] != value]
+    if changed:
+        raise InputError(
+            f"this run was started with a scheduler of {', '.join(changed)}; go on with the same"
+        )
+
+
+def _objective_name(scheduler: SchedulerConfig) -> str:
+    return "flow matching" if isinstance(scheduler, FlowMatchConfig) else "DDPM (--ddpm)"
 
 
 def check_vae(data: LatentDataset, parts: FrozenParts) -> None:
@@ -116,7 +145,10 @@ class NOVATask:
         return {"mask_ratio": self._samples.mask_ratio(step)}
 
     def save(self, folder: Path, weights: Weights) -> None:
-        NOVAPipeline(_model_of(weights, self._config), self._scheduler).save_pretrained(folder)
+        model = _model_of(weights, self._config)
+        recommended = self._parts.generation_config
+        pipeline = NOVAPipeline(model, self._scheduler, generation_config=recommended)
+        pipeline.save_pretrained(folder)
         self._parts.link_into(folder)
 
     def write_sheet(self, path: Path, weights: Weights, device: torch.device) -> None:

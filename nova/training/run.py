@@ -14,6 +14,7 @@ from .checkpoints import Checkpoints
 from .engine import Engine
 from .metrics import MetricsFile, plot_metrics
 from .options import RunOptions
+from .output_folder import make_output_folder
 from .speed import Stopwatch
 from .state import averaged_weights, read_progress, save_training_state
 
@@ -38,7 +39,7 @@ class Task(Protocol):
 
 
 def find_resumed(options: RunOptions, fixed: tuple[str, ...]) -> Path | None:
-    """The checkpoint to go on from; None for a new run.
+    """The checkpoint to go on from; None for a new run. The run's folder is made.
 
     Args:
         fixed: names of options that a run must go on with unchanged.
@@ -46,7 +47,9 @@ def find_resumed(options: RunOptions, fixed: tuple[str, ...]) -> Path | None:
     Raises:
         InputError: there is a checkpoint and `resume` was not asked for, it has all steps already,
             or it was made with other values of `fixed`.
+        MediaError: the folder cannot be made, or not be written into.
     """
+    make_output_folder(options.out)
     latest = Checkpoints(options.out, options.keep).latest()
     if latest is None:
         return None

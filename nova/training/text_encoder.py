@@ -1,5 +1,6 @@
 """A small text encoder made from captions: a Phi model that predicts tokens or what they say."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import shared_file_mode
 from ..data.seeds import keyed_generator
 from ..errors import CheckpointError, DependencyError, InputError
+from .output_folder import make_output_folder
 from .text_objectives import LabelObjective, NextTokenObjective
 from .tokenizer import END_OF_TEXT, end_with, save_tokenizer, train_tokenizer
 
@@ -78,6 +80,32 @@ class TextEncoderOptions:
             )
         if self.vocab_size < 257:
             raise InputError(f"vocab_size must be at least 257, got {self.vocab_size}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise InputError(
+                f"learning_rate (--lr) must be finite, and not negative, got {self.learning_rate}"
+            )
+
+
+def make_text_folders(folder: str | os.PathLike) -> tuple[Path, Path]:
+    """Find out before long work whether a text encoder can be written into a folder.
+
+    Args:
+        folder: parent of text_encoder/ and tokenizer/; made if it is absent.
+
+    Returns:
+        These two folders, which do not exist, or are empty.
+
+    Raises:
+        InputError: one of them is there already.
+        MediaError: the folder cannot be made, or not be written into.
+    """
+    folder = Path(folder).expanduser()
+    make_output_folder(folder)
+    folders = folder / "text_encoder", folder / "tokenizer"
+    for path in folders:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path} is there already; choose another folder, or delete it")
+    return folders
 
 
 def make_text_encoder(
@@ -104,7 +132,8 @@ def make_text_encoder(
         The two folders, which `TextEncoder.from_folders` opens.
 
     Raises:
-        InputError: no captions, or labels of other captions.
+        InputError: no captions, labels of other captions, or a text encoder in the folder already.
+        MediaError: the folder cannot be made, or not be written into.
         DependencyError: transformers is not installed.
     """
     options = options or TextEncoderOptions()
@@ -118,8 +147,7 @@ def make_text_encoder(
         raise DependencyError(
             "text encoders need transformers: pip install transformers"
         ) from error
-    folder = Path(folder).expanduser()
-    text_encoder_dir, tokenizer_dir = folder / "text_encoder", folder / "tokenizer"
+    text_encoder_dir, tokenizer_dir = make_text_folders(folder)
     tokenizer = train_tokenizer(captions, options.vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
     tokens = [

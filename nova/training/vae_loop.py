@@ -54,6 +54,7 @@ def train_vae(
             checkpoints already and `resume` was not asked for.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
+        MediaError: `out` cannot be made, or not be written into.
     """
     accelerator = make_accelerator(options)
     clips = ClipSamples(source, vae.config, options.seed, options.crop)
