@@ -17,12 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Checkpoints that come with this package.
 EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes"}
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 _MAX_LISTED = 6
 _ALIGNMENT = 64  # bytes, of torch's own memory on CPUs
 
@@ -37,14 +39,28 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
             files be downloaded too.
 
     Raises:
+        InputError: another option.
         CheckpointError: neither a folder nor a hub id, or the hub does not give it.
     """
+    allow_pickle = hub_options.pop("allow_pickle", False)
+    unknown = sorted(hub_options.keys() - set(_HUB_OPTIONS))
+    if unknown:
+        # As transformers calls it.
+        hint = "; torch_dtype is the dtype of the weights" if "dtype" in unknown else ""
+        raise InputError(
+            f"unknown option {', '.join(unknown)}; those of downloads are "
+            f"{', '.join(_HUB_OPTIONS)}{hint}"
+        )
     if name_or_path in EMBEDDED:
         return EMBEDDED[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name_or_path).expanduser()
+        is_folder, is_file = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name; ~ of a user that there is not
+        raise CheckpointError(f"{name_or_path} is no path: {error}") from None
+    if is_folder:
         return path
-    if path.exists():
+    if is_file:
         raise CheckpointError(
             f"{path} is a file; give the checkpoint's folder (the one with model_index.json)"
         )
@@ -56,7 +72,7 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    if hub_options.pop("allow_pickle", False):
+    if allow_pickle:
         patterns.append("*.bin")
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_options))
@@ -140,7 +156,8 @@ def _weight_files(folder: Path, name: str, suffix: str) -> list[Path]:
     if not index.exists():
         return []
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    is_map = isinstance(weight_map, dict) and weight_map
+    if not is_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map; download it again")
     shards = sorted(set(weight_map.values()))
     if any(Path(shard).name != shard for shard in shards):
@@ -209,6 +226,7 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], where: str)
         raise CheckpointError(
             f"the weights of {where} do not fit its config. " + "; ".join(problems)
         )
+    check_dtypes(state_dict, where)
     broken = [
         key
         for key, tensor in state_dict.items()
@@ -221,6 +239,19 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], where: str)
         )
     aligned = {key: _aligned(tensor) for key, tensor in state_dict.items()}
     module.load_state_dict(aligned, strict=True, assign=True)
+
+
+def check_dtypes(state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError for weights in other dtypes than this package computes in.
+
+    Quantised ones, such as int8 or float8, would need their scales.
+    """
+    others = [f"{k} {t.dtype}" for k, t in state_dict.items() if t.dtype not in WEIGHT_DTYPES]
+    if others:
+        raise CheckpointError(
+            f"the weights of {where} must be float16, bfloat16, float32 or float64, got "
+            f"{_listed(others)}; take a checkpoint that is not quantised"
+        )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -261,7 +292,7 @@ def _write_atomically(path: Path, write) -> None:
         write(temporary)
         temporary.chmod(shared_file_mode())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
         raise CheckpointError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

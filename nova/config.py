@@ -220,6 +220,12 @@ def _check(config: ModelConfig) -> None:
     for name in ("image_dim", "image_stride"):
         value = getattr(config, name)
         require(_is_int(value) and value > 0, f"`{name}` must be a positive integer, got {value!r}")
+    for name in ("text_token_dim", "video_mixer_rank"):
+        value = getattr(config, name)
+        require(value is None or _is_int(value), f"`{name}` must be an integer, got {value!r}")
+    for part in (config.video_encoder, config.image_encoder, config.image_decoder):
+        for name, value in vars(part).items():
+            require(_is_int(value), f"`arch_dims`: {name} must be an integer, got {value!r}")
     require(len(config.image_size) == 2, f"`image_size` needs 2 numbers, got {config.image_size}")
     require(len(config.image_base_size) == 2, "`image_base_size` needs 2 numbers")
     require(len(config.video_base_size) == 3, "`video_base_size` needs 3 numbers")

@@ -1,4 +1,4 @@
-"""Devices: is the one asked for there, how much memory is used, and when it is not enough."""
+"""Devices and dtypes: can the one asked for be used; how much memory is, and when it is short."""
 
 import contextlib
 import gc
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .errors import DeviceError
+from .errors import DeviceError, InputError
 
 # What a RuntimeError says when memory is short, where it is not a torch.OutOfMemoryError.
 OUT_OF_MEMORY_MESSAGES = (
@@ -42,6 +42,18 @@ def check_device(device: str | torch.device | int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("MPS was asked for, but it is not available; use --device cpu")
     return device
+
+
+def check_dtype(dtype: torch.dtype | None, name: str) -> None:
+    """Raises InputError unless it is one that models compute in, or None.
+
+    Args:
+        name: of the argument.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            f"{name} must be a floating point torch.dtype, such as torch.bfloat16, got {dtype!r}"
+        )
 
 
 def default_device() -> torch.device:

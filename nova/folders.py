@@ -76,7 +76,7 @@ def save_parts(
     text_encoder: TextEncoder | None,
 ) -> None:
     """Write a folder that `load_parts` opens, in the layout of the released ones."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     scheduler_config = scheduler_to_dict(scheduler)
     config = {"_class_name": "NOVATransformer3DModel", **transformer.config.to_dict()}
     write_json(folder / "transformer" / "config.json", config)

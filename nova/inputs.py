@@ -58,7 +58,10 @@ def check_embeddings(embeds: Any, config: ModelConfig, name: str) -> list[Tensor
     """
     width, length = config.text_token_dim, config.text_token_len
     rows = list(embeds) if isinstance(embeds, Tensor | list | tuple) else []
-    rows = [torch.as_tensor(row) for row in rows]
+    try:
+        rows = [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError):  # of what holds no numbers
+        rows = []
     if not rows or any(row.dim() != 2 or row.shape[1] != width for row in rows):
         raise InputError(
             f"{name} must be a tensor (batch, tokens, {width}) or a list of (tokens, {width}) "
@@ -132,7 +135,11 @@ def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
     if isinstance(video, list | tuple):
         if not video:
             raise InputError("video is an empty list; give its frames")
-        video = np.stack([_array(frame, read_image, 3, "video frame") for frame in video])
+        frames = [_array(frame, read_image, 3, "video frame") for frame in video]
+        sizes = sorted({frame.shape[:2] for frame in frames})
+        if len(sizes) > 1:
+            raise InputError(f"frames of a video must be of one size, got {sizes}")
+        video = np.stack(frames)
     frames = _array(video, lambda path: read_video(path, fps=fps)[0], 4, "video")
     count = 1 + VIDEO_STRIDE * ((len(frames) - 1) // VIDEO_STRIDE)
     if count != len(frames):
@@ -183,7 +190,11 @@ def given_latents(latents: Tensor | Sequence[Tensor], batch: int) -> Tensor:
     if isinstance(latents, list | tuple):
         if not latents or any(not isinstance(x, Tensor) or x.dim() != 4 for x in latents):
             raise InputError("a list of latents must hold frames (batch, channels, h, w)")
-        latents = torch.stack(list(latents), dim=2)
+        frames = [repeat_to_batch(frame, batch, "latents") for frame in latents]
+        shapes = sorted({tuple(frame.shape) for frame in frames})
+        if len(shapes) > 1:
+            raise InputError(f"frames in a list of latents must be of one shape, got {shapes}")
+        latents = torch.stack(frames, dim=2)
     if not isinstance(latents, Tensor) or latents.dim() != 5:
         raise InputError(
             "latents must be a tensor (batch, channels, frames, h, w) or a list of frames "

@@ -17,7 +17,7 @@ from .checkpoint import find_folder
 from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
-from .devices import PeakMemory, check_device, free_memory, out_of_memory
+from .devices import PeakMemory, check_device, check_dtype, free_memory, out_of_memory
 from .engine import SamplingGraphs
 from .errors import DeviceError, InputError
 from .folders import LOAD, load_parts, save_parts
@@ -100,10 +100,12 @@ class NOVAPipeline:
 
         Raises:
             CheckpointError, ConfigError: what is wrong with which file.
+            InputError: another option, or a dtype that is none of floating point.
             DependencyError: an SD / SDXL VAE without diffusers.
             ValueError: an unknown backend.
         """
         check_backend(backend)
+        check_dtype(torch_dtype, "torch_dtype")
         folder = find_folder(name_or_path, allow_pickle=allow_pickle, **hub_options)
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         options = {"variant": variant, "allow_pickle": allow_pickle}
@@ -115,7 +117,7 @@ class NOVAPipeline:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
         save_parts(folder, self.transformer, self.scheduler, self.vae, self.text_encoder)
-        self.generation_config.write(Path(folder))
+        self.generation_config.write(Path(folder).expanduser())
 
     # Devices ---------------------------------------------------------------------------------
 
@@ -147,9 +149,11 @@ class NOVAPipeline:
 
         Raises:
             DeviceError: the device is absent, or has too little memory.
+            InputError: a dtype that is none of floating point.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        check_dtype(dtype, "dtype")
         if device is not None:
             device = check_device(device)
             self._offload_device = None
@@ -408,6 +412,9 @@ class NOVAPipeline:
     @torch.no_grad()
     def _given_latents(self, request: Request, batch: int) -> Tensor | None:
         """Latents (batch, channels, K, h, w) to go on from, or None."""
+        for name in ("latents", "image", "video"):
+            if getattr(request, name) is not None and not self.config.is_video:
+                raise InputError(f"this is an image model, which goes on from nothing: no {name}")
         if request.latents is not None:
             return inputs.given_latents(request.latents, batch)
         if request.image is None and request.video is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, InputError
+from .numeric import is_finite_number, whole_number
 
 
 def set_sizes(num_tokens: int, num_steps: int) -> list[int]:
@@ -52,6 +53,10 @@ class FlowMatchConfig:
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_whole("num_train_timesteps", self.num_train_timesteps, least=1)
+        _check_number("shift", self.shift, above=0)
 
     def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
         """The table of `num_steps` steps; `shift` replaces the config's for sampling only."""
@@ -114,6 +119,21 @@ class DDPMConfig:
                     f"scheduler config: {name} must be one of {choices}, "
                     f"got {getattr(self, name)!r}"
                 )
+        _check_whole("num_train_timesteps", self.num_train_timesteps, least=1)
+        for name in ("beta_start", "beta_end"):
+            _check_number(name, getattr(self, name), above=0, below=1)
+        _check_whole("steps_offset", self.steps_offset, least=0)
+        if self.trained_betas is not None:
+            self._check_trained_betas()
+
+    def _check_trained_betas(self) -> None:
+        if len(self.trained_betas) != self.num_train_timesteps:
+            raise ConfigError(
+                f"scheduler config: trained_betas has {len(self.trained_betas)} values for "
+                f"{self.num_train_timesteps} timesteps"
+            )
+        for beta in self.trained_betas:
+            _check_number("trained_betas", beta, above=0, below=1)
 
     def alphas_cumprod(self) -> Tensor:
         """(num_train_timesteps,) float32 product of 1 - beta."""
@@ -251,6 +271,20 @@ def scheduler_to_dict(config: SchedulerConfig) -> dict[str, Any]:
     name = next(name for name, cls in _CLASSES.items() if isinstance(config, cls))
     classes = {"_class_name": name, "_sample_class_name": name, "_noise_class_name": name}
     return {**classes, **vars(config)}
+
+
+def _check_whole(name: str, value: Any, *, least: int) -> None:
+    number = whole_number(value)
+    if number is None or number < least:
+        raise ConfigError(
+            f"scheduler config: {name} must be a whole number of at least {least}, got {value!r}"
+        )
+
+
+def _check_number(name: str, value: Any, *, above: float, below: float = math.inf) -> None:
+    if not (is_finite_number(value) and above < value < below):
+        limits = f"above {above}" + ("" if below == math.inf else f" and below {below}")
+        raise ConfigError(f"scheduler config: {name} must be a number {limits}, got {value!r}")
 
 
 def _check_steps(num_steps: int) -> None:

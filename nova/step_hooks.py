@@ -1,5 +1,6 @@
 """What happens after every autoregressive step of a call: progress bar, user's callback."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ class StepCallback:
             tensors["samples"] = torch.tensor(self._samples)
         result = self._callback(self._pipeline, self._step, masked, tensors)
         self._step += 1
+        if result is not None and not isinstance(result, Mapping):
+            raise InputError(
+                "callback_on_step_end must return a dict, which may hold latents, or None, got "
+                f"{type(result).__name__}"
+            )
         latents = (result or {}).get("latents")
         if latents is not None and latents.shape != step.latents.shape:
             raise InputError(

@@ -10,6 +10,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from nova_kernels.errors import BackendError, in_a_line
 
 
+class StartupWarning(UserWarning):
+    """Kernels that would be chosen do not start on a GPU."""
+
+
 def _start_triton(device: torch.device) -> None:
     """Compile and launch a small kernel, for which Triton needs a C compiler."""
     from nova_kernels.triton_kernels.linear_gelu import plan
@@ -48,6 +52,7 @@ def failure_to_start(backend: str, device: torch.device) -> str | None:
         warnings.warn(
             f"kernels of backend {backend!r} do not start on {device}, so plain torch runs instead"
             f": {reason} (python -m nova_kernels tries all of them)",
+            StartupWarning,
             stacklevel=2,
         )
         return reason

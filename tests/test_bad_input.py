@@ -94,6 +94,12 @@ def edit_config(**changes):
     return lambda folder: edit_json(folder / "transformer" / "config.json", **changes)
 
 
+def edit_arch(folder, **changes):
+    path = folder / "transformer" / "config.json"
+    video, *others = json.loads(path.read_text())["arch_dims"]
+    edit_json(path, arch_dims=[{**video, **changes}, *others])
+
+
 def edit_weights(edit):
     def damage(folder):
         path = folder / "transformer" / WEIGHTS
@@ -177,6 +183,16 @@ DAMAGES = {
         lambda folder: (folder / "transformer" / "config.json").write_text("{"),
         CheckpointError,
         "cannot be read as JSON",
+    ),
+    "config with text for a number": (
+        edit_config(text_token_dim="32"),
+        ConfigError,
+        "`text_token_dim` must be an integer, got '32'",
+    ),
+    "config with half a block": (
+        lambda folder: edit_arch(folder, depth=2.5),
+        ConfigError,
+        "`arch_dims`: depth must be an integer, got 2.5",
     ),
     "size that patches do not divide": (
         edit_config(image_size=[60, 96]),
@@ -340,6 +356,28 @@ def test_empty_list_of_pictures(sample, name):
 def test_seed_in_place_of_a_generator(sample, generator):
     with pytest.raises(InputError, match=r"must be a torch.Generator, such as .* got 5"):
         sample(generator=generator)
+
+
+def test_what_a_callback_may_return(sample):
+    with pytest.raises(InputError, match="must return a dict, .* got int"):
+        sample(callback_on_step_end=lambda *_: 5)
+
+
+@pytest.mark.parametrize("embeds", [["a"], [None]])
+def test_embeddings_that_hold_no_numbers(sample, embeds):
+    with pytest.raises(InputError, match="prompt_embeds must be a tensor"):
+        sample(None, prompt_embeds=embeds)
+
+
+def test_lists_of_frames(sample):
+    frames = [np.zeros((64, 64, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)]
+    with pytest.raises(InputError, match="frames of a video must be of one size"):
+        sample(video=frames)
+    latents = [torch.zeros(1, 4, 8, 12), torch.zeros(2, 4, 8, 12)]
+    given = sample([PROMPT] * 2, latents=latents, max_latent_length=3).latents
+    assert given.shape == (2, 4, 3, 8, 12) and not given[:, :, :2].any()
+    with pytest.raises(InputError, match="must be of one shape"):
+        sample(latents=[latents[0], latents[0][..., :4]])
 
 
 def test_callback_that_is_no_function(sample):

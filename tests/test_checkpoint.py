@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from nova import checkpoint
 from nova.checkpoint import find_folder, load_state_dict, load_strict, read_json, save_state_dict
-from nova.errors import CheckpointError
+from nova.errors import CheckpointError, InputError
 
 STEM = "diffusion_pytorch_model"
 
@@ -74,6 +75,42 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 
 def write_index(folder, weight_map):
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_that_names_no_files(tmp_path):
+    write_index(tmp_path, {"a": 5})
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype):
+    state = {**linear_state(), "bias": torch.zeros(2).to(dtype)}
+    with pytest.raises(CheckpointError, match=f"bias {dtype}; take a checkpoint that is not"):
+        load_strict(nn.Linear(*reversed(state["weight"].shape)), state, "here")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+        save_state_dict(linear_state(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_there_are_not():
+    with pytest.raises(InputError, match="unknown option device_map; those of downloads are rev"):
+        find_folder("shapes", device_map="auto")
+    with pytest.raises(InputError, match="unknown option dtype; .*; torch_dtype is the dtype"):
+        find_folder("shapes", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/model"])
+def test_names_that_are_no_path(name):
+    with pytest.raises(CheckpointError, match="is no path"):
+        find_folder(name)
 
 
 def test_missing_shard(tmp_path):

@@ -20,8 +20,10 @@ from nova import pipeline as pipeline_module
 from nova.cli import doctor
 from nova.cli.app import app
 from nova.cli.generate import Backend
+from nova.cli.samples import read_conditions
 from nova.devices import PeakMemory
-from nova.media import read_image, read_video, write_image, write_video
+from nova.errors import InputError, MediaError
+from nova.media import check_writable, read_image, read_video, write_image, write_video
 from nova.pipeline import NOVAPipeline
 from nova_kernels import onednn
 from nova_kernels.dispatch import BACKENDS
@@ -174,6 +176,53 @@ def test_batch_file_equals_single_runs(tiny_video_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["x_000.png", "x_001.png", "x_002.png"]
 
 
+def test_a_prompt_is_a_line(tmp_path):
+    """str.splitlines() would make three of it."""
+    (tmp_path / "prompts.txt").write_bytes("a ball\x0c moves\u2028up\r\n".encode())
+    assert read_conditions(None, None, None, tmp_path / "prompts.txt") == [
+        "a ball\x0c moves\u2028up"
+    ]
+
+
+def test_files_of_all_samples_are_checked_before(tiny_video_folder, tmp_path):
+    """A number makes a name too long; a sheet's name is a folder's."""
+    common = ("generate", PROMPT, "--model", tiny_video_folder, "--num", 2, *FAST)
+    (tmp_path / "y_sheet.png").mkdir()
+    (tmp_path / "z_001.mp4").mkdir()
+    for name, more in (("a" * 248, ()), ("y", ("--sheet",)), ("z", ())):
+        result = run(*common, "--out", tmp_path / f"{name}.mp4", *more)
+        assert result.exit_code == 1 and "seed" not in result.stdout, result.output
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/x"])
+def test_an_output_that_is_no_path(name):
+    with pytest.raises(MediaError, match="is no path"):
+        check_writable(f"{name}.mp4")
+
+
+def test_latents_of_finished_batches_are_kept(tiny_video_folder, tmp_path, monkeypatch):
+    common = (PROMPT, "--model", tiny_video_folder, "--latents", 1, "--num", 3, "--seed", 1)
+    expected = latents_of(*common, folder=tmp_path)
+    original, calls = pipeline_module.NOVAPipeline.__call__, []
+
+    def call(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(pipeline_module.NOVAPipeline, "__call__", call)
+    path = tmp_path / "kept.SAFETENSORS"
+    result = run(
+        *("generate", *common, "--batch-size", 1, *FAST),
+        *("--out", tmp_path / "kept.png", "--save-latents", path),
+    )
+    written = tmp_path / "kept.safetensors"
+    assert result.exit_code == 130 and f"{written}: latents" in result.stdout
+    assert torch.equal(load_file(written)["latents"], expected[:2])
+
+
 def test_num_makes_several_samples_of_a_prompt(tiny_image_folder, tmp_path):
     common = [PROMPT, "--model", tiny_image_folder]
     both = latents_of(
@@ -229,6 +278,9 @@ def test_prompt_embeds_stand_in_for_the_text_encoder(video_pipeline, tiny_video_
     from_embeds = latents_of("--prompt-embeds", path, *common, folder=tmp_path)
     from_prompt = latents_of(PROMPT, *common, folder=tmp_path)
     torch.testing.assert_close(from_embeds, from_prompt)
+    save_file({"prompt_embeds": torch.zeros(0, 3, 32)}, path)
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_conditions(None, None, path, None)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,21 @@ def latents_of(pipe, prompt=PROMPT, **options):
 # Opening and saving --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.int8])
+def test_dtypes_that_no_model_computes_in(pipe, tiny_video_folder, dtype):
+    with pytest.raises(InputError, match="torch_dtype must be a floating point torch.dtype"):
+        nova.NOVAPipeline.from_pretrained(tiny_video_folder, torch_dtype=dtype)
+    with pytest.raises(InputError, match="dtype must be a floating point torch.dtype"):
+        pipe.to(dtype=dtype)
+
+
+def test_home_folders_are_written_to(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe.save_pretrained("~/model")
+    assert (tmp_path / "model" / "generation_config.json").exists()
+    assert nova.NOVAPipeline.from_pretrained("~/model").config == pipe.config
+
+
 def test_save_and_open_again(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "copy")
     again = nova.NOVAPipeline.from_pretrained(tmp_path / "copy")
@@ -164,6 +179,9 @@ def test_text_to_image(tiny_image_folder):
     assert output.frames is None and output.images[0].size == (64, 64)
     with pytest.raises(InputError, match="image model"):
         pipe(PROMPT, max_latent_length=2, **FAST)
+    for name, given in (("image", picture()), ("latents", output.latents)):
+        with pytest.raises(InputError, match=f"goes on from nothing: no {name}"):
+            pipe(PROMPT, **{name: given}, **FAST)
 
 
 @pytest.mark.parametrize("key", ["motion_flow", "fps"])

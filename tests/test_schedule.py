@@ -104,6 +104,26 @@ def test_ddpm_draws_no_noise_at_time_zero():
     assert schedule.noise[-1] == 0.0 and all(n > 0 for n in schedule.noise[:-1])
 
 
+FLOW_CLASS, DDPM_CLASS = "FlowMatchEulerDiscreteScheduler", "DDPMScheduler"
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        *((FLOW_CLASS, "shift", value) for value in (None, "x", -1, float("nan"), True)),
+        *((FLOW_CLASS, "num_train_timesteps", value) for value in (0, -1, 1.5, "1000")),
+        *((DDPM_CLASS, "num_train_timesteps", value) for value in (0, "1000")),
+        *((DDPM_CLASS, "beta_start", value) for value in (None, 0, "0.1")),
+        (DDPM_CLASS, "beta_end", 2),
+        *((DDPM_CLASS, "steps_offset", value) for value in (1.5, -5)),
+        *((DDPM_CLASS, "trained_betas", value) for value in ([0.1, 0.2], [0.1] * 999 + ["x"])),
+    ],
+)
+def test_numbers_that_make_no_scheduler(name, key, value):
+    with pytest.raises(ConfigError, match=f"scheduler config: {key}"):
+        scheduler_from_dict({"_class_name": name, key: value})
+
+
 @pytest.mark.parametrize("config", [FlowMatchConfig(shift=2.0), DDPMConfig(steps_offset=1)])
 def test_scheduler_files_round_trip(config):
     assert scheduler_from_dict(scheduler_to_dict(config)) == config

@@ -38,7 +38,9 @@ def start(monkeypatch):
 def test_torch_runs_where_kernels_do_not_start(start):
     start.error = RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
     x = torch.empty(4, device="cuda")
-    with pytest.warns(UserWarning, match="'triton' do not start on cuda:0.*find C compiler. "):
+    with pytest.warns(
+        startup.StartupWarning, match="'triton' do not start on cuda:0.*find C compiler. "
+    ):
         assert OP.choose("auto", x) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was said

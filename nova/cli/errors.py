@@ -71,7 +71,7 @@ def warnings_as_notes() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if category.__module__.partition(".")[0] == "nova":
+            if category.__module__.partition(".")[0] in ("nova", "nova_kernels"):
                 print(f"note: {one_line(message)}", file=sys.stderr)
             else:
                 show_other(message, category, filename, lineno, file, line)

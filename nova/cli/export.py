@@ -35,6 +35,7 @@ def export(
 
     nova export runs/nova/checkpoints/step-00010000 --steps 16 --out my-model
     """
+    out = out.expanduser()
     if out.exists():
         raise typer.BadParameter(f"{out} exists; name a new folder.", param_hint="--out")
 

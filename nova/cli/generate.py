@@ -363,7 +363,7 @@ def generate(
         raise typer.BadParameter("--offload moves the model, so --cuda-graphs cannot be used.")
 
     from ..media.video_writer import frame_rate
-    from .outputs import check_latents_file, check_output, overview_path
+    from .outputs import check_latents_file, check_output, check_outputs, overview_path
 
     out = check_output(out)
     latents_file = None if save_latents is None else check_latents_file(save_latents)
@@ -388,6 +388,8 @@ def generate(
         out=out,
         numbered=batch_file is not None,
     )
+    overview = overview_path(out, len(samples)) if sheet else None
+    check_outputs([sample.path for sample in samples], sheets=sheet, overview=overview)
     given = read_given_frames(image, video, fps)
     options = {
         "num_inference_steps": steps,
@@ -452,7 +454,7 @@ def generate(
         {**options, "negative_prompt": negative},
         batch_size=batch_size,
         sheet=sheet,
-        overview_file=overview_path(out, len(samples)) if sheet else None,
+        overview_file=overview,
         latents_file=latents_file,
     )
     seconds = time.perf_counter() - start

@@ -1,5 +1,6 @@
 """The files that `nova generate` writes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def overview_path(output: Path, num_samples: int) -> Path | None:
     if num_samples == 1 or output.suffix.lower() not in VIDEO_SUFFIXES:
         return None
     return contact_sheet_path(output)
+
+
+def check_outputs(samples: Iterable[Path], *, sheets: bool, overview: Path | None) -> None:
+    """Check before long work that files of several names can be written, and those beside them.
+
+    Args:
+        sheets: of videos contact sheets are written too.
+
+    Raises:
+        MediaError: a name that is too long, or is a folder's.
+    """
+    for path in samples:
+        check_output(path)
+        if sheets and path.suffix.lower() in VIDEO_SUFFIXES:
+            check_output(contact_sheet_path(path))
+    if overview is not None:
+        check_output(overview)
 
 
 def write_sample(

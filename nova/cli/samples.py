@@ -48,7 +48,8 @@ def read_conditions(
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Sentences may hold what splitlines() takes for an end of line, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines]
@@ -71,7 +72,10 @@ def _read_embeddings(path: Path) -> Iterator[Tensor]:
             f"`prompt_embeds` in {path} must be floating point (tokens, width) or (prompts, "
             f"tokens, width), got {embeds.dtype} {tuple(embeds.shape)}"
         )
-    return iter(embeds if embeds.dim() == 3 else embeds[None])
+    embeds = embeds if embeds.dim() == 3 else embeds[None]
+    if not len(embeds):
+        raise InputError(f"`prompt_embeds` in {path} holds no prompt, its shape is (0, ...)")
+    return iter(embeds)
 
 
 def plan_samples(

@@ -41,11 +41,15 @@ def check_writable(path: str | os.PathLike, suffixes: Sequence[str] = OUTPUT_SUF
         The path as a `Path`, with ~ expanded.
 
     Raises:
-        MediaError: unknown suffix, the path is a folder, or its folder cannot be created or
-            written to.
+        MediaError: unknown suffix, the path is a folder or too long, or its folder cannot be
+            created or written to.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(path).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name; ~ of a user that there is not
+        raise MediaError(f"{path} is no path: {error}.") from error
+    if is_folder:
         raise MediaError(f"{path} is a folder; name a file in it, such as {path / 'video.mp4'}.")
     if path.suffix.lower() not in suffixes:
         raise MediaError(

@@ -16,6 +16,10 @@ VARIABLE = "NOVA_CACHE"
 LISTS = ("measurements", "stages")
 
 
+class TuningWarning(UserWarning):
+    """What was measured is not kept."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """How the candidates of one choice did.
@@ -103,6 +107,7 @@ def save_record(record: TuningRecord) -> None:
         warnings.warn(
             f"the tuning is not kept for the next run: {error}; set {VARIABLE} to a folder that "
             "can be written",
+            TuningWarning,
             stacklevel=2,
         )
 
