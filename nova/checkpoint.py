@@ -53,10 +53,10 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
         )
     if name_or_path in EMBEDDED:
         return EMBEDDED[name_or_path]
+    path = expand_home(name_or_path)
     try:
-        path = Path(name_or_path).expanduser()
         is_folder, is_file = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name; ~ of a user that there is not
+    except OSError as error:  # too long a name
         raise CheckpointError(f"{name_or_path} is no path: {error}") from None
     if is_folder:
         return path
@@ -83,6 +83,18 @@ def find_folder(name_or_path: str | os.PathLike, **hub_options: Any) -> Path:
             f"{name_or_path} is not a folder here, and the hub did not give it: {reason}. Check "
             "the name and the network, or download the folder and give its path"
         ) from error
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """The path, with a home folder in place of ~.
+
+    Raises:
+        CheckpointError: ~ of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is no path: {error}") from None
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -130,13 +142,13 @@ def load_state_dict(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; is the checkpoint folder complete?")
     name = f"{stem}.{variant}" if variant else stem
-    files = _weight_files(folder, name, "safetensors")
+    files = weight_files(folder, name, "safetensors")
     if files:
-        return _merge(_load_safetensors(file) for file in files)
+        return _merge(load_safetensors(file) for file in files)
     # transformers and diffusers both name their pickles pytorch_model-like; any .bin is one.
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
     if pickles and allow_pickle:
-        files = _weight_files(folder, name, "bin") or pickles
+        files = weight_files(folder, name, "bin") or pickles
         return _merge(_load_pickle(file) for file in files)
     if pickles:
         raise CheckpointError(
@@ -147,8 +159,12 @@ def load_state_dict(
     raise CheckpointError(f"{folder} has no {name}.safetensors; is the download complete?")
 
 
-def _weight_files(folder: Path, name: str, suffix: str) -> list[Path]:
-    """The single file, or the shards of an index; [] if there is neither."""
+def weight_files(folder: Path, name: str, suffix: str) -> list[Path]:
+    """The single file, or the shards of an index; [] if there is neither.
+
+    Raises:
+        CheckpointError: an index without names of files in its folder, or a shard missing.
+    """
     single = folder / f"{name}.{suffix}"
     if single.exists():
         return [single]
@@ -168,7 +184,12 @@ def _weight_files(folder: Path, name: str, suffix: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, which is mapped: values are read when they are used.
+
+    Raises:
+        CheckpointError: truncated or damaged.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -203,7 +224,7 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], where: str)
 
     Raises:
         CheckpointError: with a report of missing, unexpected and mis-shaped keys, or of tensors
-            that hold NaN or infinite values.
+            that are quantised, or hold NaN or infinite values.
     """
     expected = module.state_dict()
     missing = sorted(set(expected) - set(state_dict))

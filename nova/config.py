@@ -223,6 +223,11 @@ def _check(config: ModelConfig) -> None:
     for name in ("text_token_dim", "video_mixer_rank"):
         value = getattr(config, name)
         require(value is None or _is_int(value), f"`{name}` must be an integer, got {value!r}")
+    width = config.text_token_dim
+    require(width is None or width >= 0, f"`text_token_dim` must be positive, got {width}")
+    rotary = config.rotary_pos_embed
+    # Of text, "false" would be true.
+    require(rotary in (True, False, None), f"`rotary_pos_embed` is true or false, got {rotary!r}")
     for part in (config.video_encoder, config.image_encoder, config.image_decoder):
         for name, value in vars(part).items():
             require(_is_int(value), f"`arch_dims`: {name} must be an integer, got {value!r}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .checkpoint import WEIGHT_DTYPES
 from .errors import DeviceError, InputError
 
 # What a RuntimeError says when memory is short, where it is not a torch.OutOfMemoryError.
@@ -50,7 +51,7 @@ def check_dtype(dtype: torch.dtype | None, name: str) -> None:
     Args:
         name: of the argument.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise InputError(
             f"{name} must be a floating point torch.dtype, such as torch.bfloat16, got {dtype!r}"
         )

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
+from .checkpoint import (
+    expand_home,
+    load_state_dict,
+    load_strict,
+    read_json,
+    save_state_dict,
+    write_json,
+)
 from .codec import LatentCodec
 from .config import ModelConfig
 from .errors import CheckpointError
@@ -76,7 +83,7 @@ def save_parts(
     text_encoder: TextEncoder | None,
 ) -> None:
     """Write a folder that `load_parts` opens, in the layout of the released ones."""
-    folder = Path(folder).expanduser()
+    folder = expand_home(folder)
     scheduler_config = scheduler_to_dict(scheduler)
     config = {"_class_name": "NOVATransformer3DModel", **transformer.config.to_dict()}
     write_json(folder / "transformer" / "config.json", config)

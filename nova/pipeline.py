@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from nova_kernels.dispatch import check_backend
 
 from . import inputs
 from .batch_splitting import BatchParts
-from .checkpoint import find_folder
+from .checkpoint import expand_home, find_folder
 from .codec import LatentCodec
 from .conditioning import Conditioning
 from .config import ModelConfig
@@ -116,8 +115,9 @@ class NOVAPipeline:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
+        folder = expand_home(folder)
         save_parts(folder, self.transformer, self.scheduler, self.vae, self.text_encoder)
-        self.generation_config.write(Path(folder).expanduser())
+        self.generation_config.write(folder)
 
     # Devices ---------------------------------------------------------------------------------
 

@@ -127,6 +127,10 @@ class DDPMConfig:
             self._check_trained_betas()
 
     def _check_trained_betas(self) -> None:
+        if not isinstance(self.trained_betas, tuple):
+            raise ConfigError(
+                f"scheduler config: trained_betas must be a list, got {self.trained_betas!r}"
+            )
         if len(self.trained_betas) != self.num_train_timesteps:
             raise ConfigError(
                 f"scheduler config: trained_betas has {len(self.trained_betas)} values for "
@@ -247,7 +251,7 @@ def scheduler_from_dict(config: Mapping[str, Any], kind: str = "sample") -> Sche
         ConfigError: unknown class, key or value.
     """
     name = config.get(f"_{kind}_class_name") or config.get("_class_name") or config.get("class")
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ConfigError(f"scheduler class must be one of {sorted(_CLASSES)}, got {name!r}")
     scheduler_class = _CLASSES[name]
     fields = set(scheduler_class.__dataclass_fields__)

@@ -13,9 +13,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .checkpoint import read_json, shared_file_mode
+from .checkpoint import (
+    check_dtypes,
+    load_safetensors,
+    read_json,
+    shared_file_mode,
+    weight_files,
+)
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 
 # Distinct prompts in one pass of the language model; bounds the memory of long prompt lists.
@@ -77,7 +84,7 @@ class TextEncoder:
 
         Raises:
             CheckpointError: a folder or file is missing or damaged, parameters are missing, of
-                the wrong shape or not finite, or the checkpoint asks for its own code.
+                the wrong shape, quantised or not finite, or the checkpoint asks for its own code.
             DependencyError: transformers is not installed.
         """
         transformers = _transformers()
@@ -142,7 +149,7 @@ class TextEncoder:
             self.tokenizer.save_pretrained(tokenizer_dir)
             for path in Path(text_encoder_dir).glob("*.safetensors"):
                 path.chmod(shared_file_mode())
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the latter
             raise CheckpointError(f"the text encoder cannot be saved: {error}.") from error
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
@@ -253,6 +260,7 @@ def _load_model(
             output_loading_info=True,
         )
     _check_loaded(folder, model, report)
+    _check_file_dtypes(folder, model)
     return model
 
 
@@ -273,6 +281,19 @@ def _check_loaded(folder: Path, model: nn.Module, report: Mapping[str, Any]) -> 
                 f"parameters of the text encoder in {folder} are {problem}: {shown}. Download "
                 "the folder again."
             )
+
+
+def _check_file_dtypes(folder: Path, model: nn.Module) -> None:
+    """Refuse quantised parameters: transformers casts their integers to numbers of another size.
+
+    Buffers, such as position ids, may be integers.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."  # in files of a model with a language-modelling head
+    for file in weight_files(folder, "model", "safetensors"):
+        weights = load_safetensors(file)
+        read = {k: value for k, value in weights.items() if k.removeprefix(prefix) in parameters}
+        check_dtypes(read, str(file))
 
 
 def _load_tokenizer(transformers: ModuleType, folder: Path) -> Any:

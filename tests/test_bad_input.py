@@ -129,6 +129,10 @@ def reshape(tensors):
     tensors["image_encoder.norm.weight"] = torch.ones(3)
 
 
+def quantise(tensors):
+    tensors["image_encoder.norm.weight"] = tensors["image_encoder.norm.weight"].to(torch.int8)
+
+
 def rename(tensors):
     tensors["image_encoder.norm.scale"] = tensors.pop("image_encoder.norm.weight")
 
@@ -169,6 +173,11 @@ DAMAGES = {
         CheckpointError,
         "hold NaN or infinite values in image_encoder.norm.weight; download them again",
     ),
+    "quantised weights": (
+        edit_weights(quantise),
+        CheckpointError,
+        "got image_encoder.norm.weight torch.int8; take a checkpoint that is not quantised",
+    ),
     "config with unknown keys": (
         edit_config(hidden_size=64),
         ConfigError,
@@ -198,6 +207,11 @@ DAMAGES = {
         edit_config(image_size=[60, 96]),
         ConfigError,
         "must be divisible by 32",
+    ),
+    "scheduler with a shift below zero": (
+        lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", shift=-1),
+        ConfigError,
+        "scheduler config: shift must be a number above 0, got -1",
     ),
     "unknown scheduler": (
         lambda folder: edit_json(
@@ -251,6 +265,14 @@ def test_not_a_folder(tmp_path, out, name):
         NOVAPipeline.from_pretrained(path)
     assert message in str(raised.value)
     check_refusal(command(PROMPT, "--model", path, out=out), message, out)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/model"])
+def test_names_that_are_no_path(tiny_video_folder, out, name):
+    check_refusal(command(PROMPT, "--model", name, out=out), "is no path", out)
+    arguments = ["export", str(tiny_video_folder), "--out", name]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and result.stderr.startswith("error: "), result.exception
 
 
 def test_a_relative_path_is_no_hub_id():
@@ -428,6 +450,20 @@ def test_more_given_frames_than_wanted(sample, tiny_video_folder, tmp_path, out)
         PROMPT, "--model", tiny_video_folder, "--video", tmp_path / "clip.mp4", out=out
     )
     check_refusal(result, "raise --latents to at least 4", out)
+
+
+def test_image_models_go_on_from_nothing(tiny_image_folder, tmp_path, out):
+    message = "this is an image model, which goes on from nothing: no"
+    pipeline = NOVAPipeline.from_pretrained(tiny_image_folder)
+    black = np.zeros((64, 64, 3), np.uint8)
+    for given in ({"image": black}, {"video": black[None]}, {"latents": torch.zeros(1)}):
+        with pytest.raises(InputError, match=f"{message} {next(iter(given))}"):
+            pipeline(PROMPT, **given)
+    image = write_image(tmp_path / "black.png", black)
+    out = out.with_suffix(".png")
+    arguments = ["generate", PROMPT, "--model", tiny_image_folder, "--image", image, "--out", out]
+    result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--device", "cpu", "--quiet"]])
+    check_refusal(result, "image model", out)
 
 
 def test_image_of_another_size_is_fitted(sample, tiny_video_folder, tmp_path, out):

@@ -44,7 +44,7 @@ def latents_of(pipe, prompt=PROMPT, **options):
 # Opening and saving --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.int8])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.int8, torch.float8_e4m3fn])
 def test_dtypes_that_no_model_computes_in(pipe, tiny_video_folder, dtype):
     with pytest.raises(InputError, match="torch_dtype must be a floating point torch.dtype"):
         nova.NOVAPipeline.from_pretrained(tiny_video_folder, torch_dtype=dtype)
@@ -57,6 +57,8 @@ def test_home_folders_are_written_to(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained("~/model")
     assert (tmp_path / "model" / "generation_config.json").exists()
     assert nova.NOVAPipeline.from_pretrained("~/model").config == pipe.config
+    with pytest.raises(CheckpointError, match="~nosuchuser/model is no path"):
+        pipe.save_pretrained("~nosuchuser/model")
 
 
 def test_save_and_open_again(pipe, tmp_path):

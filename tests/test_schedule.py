@@ -116,7 +116,7 @@ FLOW_CLASS, DDPM_CLASS = "FlowMatchEulerDiscreteScheduler", "DDPMScheduler"
         *((DDPM_CLASS, "beta_start", value) for value in (None, 0, "0.1")),
         (DDPM_CLASS, "beta_end", 2),
         *((DDPM_CLASS, "steps_offset", value) for value in (1.5, -5)),
-        *((DDPM_CLASS, "trained_betas", value) for value in ([0.1, 0.2], [0.1] * 999 + ["x"])),
+        *((DDPM_CLASS, "trained_betas", value) for value in (5, [0.1, 0.2], [0.1] * 999 + ["x"])),
     ],
 )
 def test_numbers_that_make_no_scheduler(name, key, value):
@@ -141,6 +141,7 @@ def test_sampling_and_training_schedulers_may_differ():
     "config, message",
     [
         ({"_class_name": "EulerDiscreteScheduler"}, "scheduler class"),
+        ({"_class_name": ["DDPMScheduler"]}, "scheduler class"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "cubic"}, "beta_schedule"),
         ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding"),
         ({"_class_name": "DDPMScheduler", "variance": 1}, "unknown key"),

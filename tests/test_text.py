@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nova.errors import CheckpointError, ConfigError, DependencyError, InputError
@@ -205,6 +206,15 @@ def test_save_and_load(encoder, tmp_path):
     assert_same_embeddings(load(tmp_path / "a"), encoder)
 
 
+def test_save_onto_a_full_disk(encoder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(encoder.module, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="cannot be saved.*No space left"):
+        encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+
+
 def test_save_where_a_file_is(encoder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be saved"):
@@ -331,6 +341,22 @@ def test_weights_that_are_not_finite(folder, value):
     edit_weights(folder, lambda weights: weights["final_layernorm.bias"][3].fill_(value))
     with pytest.raises(CheckpointError, match=r"NaN or infinite.*final_layernorm\.bias"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("released", [False, True])
+def test_quantised_weights_are_refused(folder, dtype, released):
+    name = "layers.0.mlp.fc1.weight"
+    edit_weights(folder, lambda weights: weights.update({name: weights[name].to(dtype)}))
+    if released:
+        as_released(folder)
+    with pytest.raises(CheckpointError, match=f"layers.0.mlp.fc1.weight {dtype}; take a"):
+        load(folder)
+
+
+def test_buffers_may_be_integers(encoder, folder):
+    edit_weights(folder, lambda weights: weights.update(position_ids=torch.arange(4)))
+    assert_same_embeddings(load(folder), encoder)
 
 
 def test_pickle_needs_permission(encoder, folder):

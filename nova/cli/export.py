@@ -1,5 +1,6 @@
 """`nova export`: a checkpoint of a training as a folder to use and to share."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +36,10 @@ def export(
 
     nova export runs/nova/checkpoints/step-00010000 --steps 16 --out my-model
     """
-    out = out.expanduser()
-    if out.exists():
+    from ..checkpoint import expand_home
+
+    out = expand_home(out)
+    if os.path.exists(out):  # Path's own raises for names that are too long
         raise typer.BadParameter(f"{out} exists; name a new folder.", param_hint="--out")
 
     import torch
