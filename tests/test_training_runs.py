@@ -735,3 +735,14 @@ def test_a_text_encoder_that_is_there_stays(tmp_path):
 def test_a_learning_rate_that_is_none(rate):
     with pytest.raises(InputError, match="learning_rate .--lr. must be finite"):
         TextEncoderOptions(learning_rate=rate)
+
+
+def test_quiet_commands_show_no_bars_of_loading(tmp_path, tiny_video_folder):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    arguments = ("encode", "shapes", "--clips", 1, "--frames", 5, "--model", tiny_video_folder,
+                 "--device", "cpu", "--out")  # fmt: skip
+    assert "Loading weights" in nova(*arguments, tmp_path / "loud").stderr
+    result = nova(*arguments, tmp_path / "quiet", "--quiet")
+    assert result.exit_code == 0 and "Loading weights" not in result.stderr

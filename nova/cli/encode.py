@@ -95,9 +95,12 @@ def encode(
 
     from ..data import encode_clips
     from .device import choose_device
+    from .model import hide_loading_bars
     from .parts import load_encoders
 
     run_device = choose_device(device)
+    if quiet:
+        hide_loading_bars()
     codec, encoder, model_size = load_encoders(
         model, vae, text_encoder, text_length, run_device, precision
     )

@@ -128,7 +128,7 @@ def open_pipeline(
         CheckpointError, ConfigError, DependencyError, DeviceError: see `NOVAPipeline`.
     """
     if quiet:
-        _hide_loading_bars()
+        hide_loading_bars()
     pipeline = NOVAPipeline.from_pretrained(
         folder,
         torch_dtype=dtype,
@@ -148,7 +148,8 @@ def open_pipeline(
     return pipeline
 
 
-def _hide_loading_bars() -> None:
+def hide_loading_bars() -> None:
+    """Keep transformers from showing progress while it loads weights, for the whole process."""
     try:
         from transformers.utils import logging
     except ImportError:  # then nothing is loaded with it either

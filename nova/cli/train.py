@@ -187,10 +187,13 @@ def train(
     from ..data import LatentDataset
     from ..training.loop import train as run
     from ..training.output_folder import make_output_folder
+    from .model import hide_loading_bars
     from .parts import fresh_model, released_model
 
     dataset = LatentDataset(data, max_latent_length=max_latent_length)
     make_output_folder(options.out)
+    if quiet:
+        hide_loading_bars()  # of the text encoder, for sentences on the sheets
     trained: TrainedModel
     if model is not None:
         trained = released_model(model, text_encoder, seed)
