@@ -8,7 +8,12 @@ from typing import Any
 
 def is_finite_number(value: Any) -> bool:
     """Whether it is a real number, Python's or NumPy's, but NaN, infinity or a truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def whole_number(value: Any) -> int | None:

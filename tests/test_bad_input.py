@@ -355,7 +355,7 @@ def test_counts_and_numbers_of_numpy(sample):
 NUMBERS = ("guidance_scale", "guidance_trunc", "image_guidance_scale", "flow_shift", "motion_flow")
 
 
-@pytest.mark.parametrize("value", [float("nan"), "5"])
+@pytest.mark.parametrize("value", [float("nan"), "5", 10**400], ids=["nan", "text", "too large"])
 @pytest.mark.parametrize("name", [*NUMBERS, "fps"])
 def test_numbers_that_are_not_finite(sample, name, value):
     with pytest.raises(InputError, match=f"must be a finite number, got {value!r}"):

@@ -1,12 +1,13 @@
 """What a checkpoint recommends: read, written, used where a call leaves it open."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 from test_cli import run
 
-from nova.errors import ConfigError
+from nova.errors import CheckpointError, ConfigError
 from nova.generation_config import FILE_NAME, GenerationConfig
 from nova.pipeline import NOVAPipeline
 from nova.request import Request
@@ -88,3 +89,14 @@ def test_export_writes_half_precision_and_recommendations(tiny_video_folder, tmp
         assert torch.equal(half, weight.half().float()), name
     assert latents(pipe).isfinite().all()
     assert run(*command).exit_code == 2  # the folder is there already
+
+
+def test_a_failed_export_leaves_no_folder(tiny_video_folder, tmp_path, monkeypatch):
+    out = tmp_path / "exported"
+    full = CheckpointError("cannot write: No space left on device")
+    with monkeypatch.context() as patch:  # the last file that is written
+        patch.setattr(GenerationConfig, "write", Mock(side_effect=full))
+        result = run("export", tiny_video_folder, "--out", out)
+    assert result.exit_code == 1 and "No space left" in result.stderr
+    assert not out.exists()
+    assert run("export", tiny_video_folder, "--out", out).exit_code == 0

@@ -1,6 +1,7 @@
 """`nova export`: a checkpoint of a training as a folder to use and to share."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -55,6 +56,10 @@ def export(
     }
     given = {name: value for name, value in recommended.items() if value is not None}
     pipeline.generation_config = replace(pipeline.generation_config, **given)
-    pipeline.save_pretrained(out)
+    try:
+        pipeline.save_pretrained(out)
+    except BaseException:  # Ctrl-C too: what is left of it would refuse the next attempt
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     typer.echo(f"{out}: {size / 1e6:.1f} MB")
