@@ -136,6 +136,7 @@ cpp.run(x, vectors, weights, steps)
 def test_too_little_memory_is_an_error_of_python(threads):
     """Exceptions of C++ that leave a thread end the process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # inputs would lie on a GPU
     command = [sys.executable, "-c", SHORT_OF_MEMORY, threads]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("MemoryError")

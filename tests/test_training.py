@@ -20,7 +20,7 @@ from nova.training.ema import EMA
 from nova.training.objective import NOVAObjective
 from nova.training.options import OPTIMIZERS
 from nova.training.parameters import freeze, make_optimizers
-from nova.training.samples import StepSampler, TrainingSamples, collate
+from nova.training.samples import StepSampler, TrainingSamples, collate, load_batches
 from nova.training.schedule import draw_mask_ratio, learning_rate
 
 FLOW = FlowMatchConfig()
@@ -335,6 +335,18 @@ def test_a_diverging_loss_is_noticed():
 def test_values_that_are_not_finite_are_noticed_at_once(loss, grad_norm):
     with pytest.raises(DivergenceError, match="step 0: the loss is"):
         LossWatch(warmup_steps=100).check(0, loss, grad_norm)
+
+
+def test_training_on_a_cpu_leaves_the_gpu_alone(data, monkeypatch):
+    """Pinned memory is the GPU's driver's, which would come up in every process for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    samples = TrainingSamples(data, SMALL, FLOW, options())
+    sampler = StepSampler(options(), 0, 0, 0, 1)
+    pinned = {
+        device: load_batches(samples, sampler, collate, 0, torch.device(device)).pin_memory
+        for device in ("cpu", "cuda")
+    }
+    assert pinned == {"cpu": False, "cuda": True}
 
 
 # Bad input ------------------------------------------------------------------------------------

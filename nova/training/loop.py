@@ -72,7 +72,7 @@ def train(
         load_training_state(engine, resumed)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     sampler = StepSampler(options, *read_position(resumed), rank, world_size)
-    batches = load_batches(samples, sampler, collate, options.workers)
+    batches = load_batches(samples, sampler, collate, options.workers, accelerator.device)
     with activation_checkpointing(model, options.activation_checkpointing):
         per_step = sampler.micro_batches_per_step
         return run_steps(engine, task, batches, per_step, options, resumed, on_step)

@@ -159,12 +159,14 @@ class StepSampler(Sampler):
             position += self._options.batch_size
 
 
-def load_batches(dataset: Dataset, sampler: StepSampler, collate_fn, workers: int) -> DataLoader:
-    """A loader of a process's micro-batches, as dictionaries of tensors."""
+def load_batches(
+    dataset: Dataset, sampler: StepSampler, collate_fn, workers: int, device: torch.device
+) -> DataLoader:
+    """A loader of a process's micro-batches, as dictionaries of tensors in memory of the CPU."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate_fn,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",  # of no use on a CPU, and it takes memory of the GPU
     )

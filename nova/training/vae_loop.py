@@ -70,7 +70,7 @@ def train_vae(
         load_training_state(engine, resumed)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     sampler = StepSampler(options, *read_position(resumed), rank, world_size)
-    batches = load_batches(clips, sampler, None, options.workers)
+    batches = load_batches(clips, sampler, None, options.workers, accelerator.device)
     task = VAETask(clips, vae.config, options)
     per_step = sampler.micro_batches_per_step
     return run_steps(engine, task, batches, per_step, options, resumed, on_step)
