@@ -73,9 +73,11 @@ step 90 op_times "$python" benchmarks/op_times.py --no-compile --json "$out/op_t
 fps 60 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-tune --no-stages
 step 60 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 30 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
-# By name alone: what nova.tune gains, when pixels of a stream are there, what users are told of their
-# card (one process compiles all kernels for it), what torch.compile makes of sampling and of the ops,
-# whole videos with text encoder and VAE, and other backends of the ops.
+# By name alone: all tests, as `make test` runs them (files that need PyAV do not count as passed without
+# it), what nova.tune gains, when pixels of a stream are there, what users are told of their card (one
+# process compiles all kernels for it), what torch.compile makes of sampling and of the ops, whole videos
+# with text encoder and VAE, and other backends of the ops.
+tests 500 all_tests -n 8 --dist loadfile --no-loadscope-reorder --continue-on-collection-errors tests
 fps 350 tuned --batch 1 4 --run-latents 1 --repeats 2 --no-compile --tune --no-stages
 fps 400 tuned_batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --tune --no-stages
 step 240 streaming "$python" benchmarks/streaming.py --repeats 1 \
