@@ -65,11 +65,14 @@ def by_block(layout: BlockLayout, attend: Attend) -> Attend:
 
 def flex_attention(layout: BlockLayout) -> Attend:
     """torch's compiled attention with a block mask; without a prefix."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled, masks = torch.compile(flex_attention), {}
+    compiled, masks = None, {}
 
     def run(q, k, v):
+        nonlocal compiled
+        # Here, not above: it imports torch's compiler, which takes seconds.
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = compiled or torch.compile(flex_attention)
         if q.device not in masks:
             first, end = layout.intervals(q.device)[:2]
             size = layout.num_tokens
