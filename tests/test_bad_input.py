@@ -418,6 +418,8 @@ def test_class_models_take_classes(tiny_class_folder, out):
         pipeline(PROMPT)
     with pytest.raises(InputError, match=r"must be class ids in 0\.\.1000, got 1001"):
         pipeline(1001)
+    with pytest.raises(InputError, match="image_guidance_scale is for text-conditioned models"):
+        pipeline(7, image_guidance_scale=1.5)
     out = out.with_suffix(".png")
     arguments = ["generate", PROMPT, "--model", tiny_class_folder, "--out", out, "--device", "cpu"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -12,7 +12,7 @@ from nova.request import Request
 
 def test_passes():
     assert Guidance(scale=1.0).passes == 1
-    assert Guidance(scale=3.0).passes == 2
+    assert Guidance(scale=1.5).passes == Guidance(scale=3.0).passes == 2
     assert Guidance(scale=3.0, image_scale=1.0).passes == 3
 
 

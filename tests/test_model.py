@@ -17,7 +17,8 @@ from nova.layers import (
     patchify,
     unpatchify,
 )
-from nova.model import NOVATransformer
+from nova.model import Mixer, NOVATransformer
+from nova.positions import frame_times
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -125,10 +126,27 @@ def test_patchify_round_trip_and_order():
     assert torch.equal(tokens[0, 1], expected)
 
 
+def test_clips_of_any_length_span_the_same_times():
+    """From 0 to just below the time base, however many frames there are."""
+    assert frame_times(3, time_base=3).tolist() == [0, 1, 2]
+    assert frame_times(6, time_base=3).tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert frame_times(2, time_base=3).tolist() == [0, 1.5]
+
+
 def test_patch_embedding_of_tokens_is_the_convolution():
     embed = small_model().image_encoder.patch_embed
     latents = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(embed.embed_tokens(patchify(latents, 2)), embed(latents))
+
+
+def test_mixers_of_full_rank_have_no_first_projection():
+    full, low = Mixer(8, rank=-1), Mixer(8, rank=8)
+    torch.nn.init.eye_(low.lora.weight)
+    low.proj.load_state_dict(full.proj.state_dict())
+    first, current = torch.randn(2, 3, 5, 8)
+    torch.testing.assert_close(full(first, current), low(first, current))
+    scale, shift = full.proj(torch.nn.functional.silu(current)).split(8, dim=-1)
+    torch.testing.assert_close(full(first, current), first * (1 + scale) + shift)
 
 
 def test_cached_attention_equals_block_causal_attention():

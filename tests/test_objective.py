@@ -1,5 +1,7 @@
 """The training objective beyond the recorded steps: draws, targets, gradients everywhere."""
 
+import math
+
 import pytest
 import torch
 from small_models import SMALL, SMALL_IMAGE, small_model, small_prompts
@@ -41,6 +43,25 @@ def test_draws():
     assert draws.visible.shape == (6, 4) and draws.noise.shape == (24, 16, 16)
     assert all(len(set(row.tolist())) == 4 for row in draws.visible)
     assert 0 <= draws.timestep_index.min() and draws.timestep_index.max() <= 999
+
+
+@pytest.mark.parametrize(
+    "scheduler, share",
+    [(FlowMatchConfig(), math.erf(math.log(3) / math.sqrt(2))), (DDPMConfig(), 0.5)],
+)
+def test_distribution_of_timesteps(scheduler, share):
+    """The middle half of the table: sigmoid(x), x normal, lies there for |x| < ln 3."""
+    draws = draw_training_noise(
+        torch.zeros(100, 4, 1, 8, 8),
+        (16, 16),
+        scheduler,
+        mask_ratio=0.75,
+        generator=torch.Generator().manual_seed(0),
+    )
+    index = draws.timestep_index
+    assert abs(index.float().mean() - 499.5) < 4 * 289 / math.sqrt(index.numel())
+    drawn = ((index >= 250) & (index < 750)).float().mean()
+    assert abs(drawn - share) < 4 * 0.5 / math.sqrt(index.numel())
 
 
 @pytest.mark.parametrize("config, frames", [(SMALL, 3), (SMALL_IMAGE, 1)])

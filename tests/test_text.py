@@ -287,22 +287,25 @@ def test_tokenizer_from_vocabulary_and_merges(encoder, folder):
 
 
 @pytest.mark.parametrize(
-    "gone",
+    "message, gone",
     [
-        ["text_encoder"],
-        ["tokenizer"],
-        ["text_encoder/config.json"],
-        ["text_encoder/model.safetensors"],
-        ["tokenizer/tokenizer.json", "tokenizer/vocab.json"],
-        ["tokenizer/tokenizer.json", "tokenizer/merges.txt"],
-        ["tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"],
+        ("config.json is missing", ["text_encoder"]),
+        ("folder .* does not exist", ["tokenizer"]),
+        ("config.json is missing", ["text_encoder/config.json"]),
+        ("has no weights", ["text_encoder/model.safetensors"]),
+        ("cannot be loaded", ["tokenizer/tokenizer.json", "tokenizer/vocab.json"]),
+        ("cannot be loaded", ["tokenizer/tokenizer.json", "tokenizer/merges.txt"]),
+        (
+            "has no vocabulary",
+            ["tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"],
+        ),
     ],
 )
-def test_missing_pieces(folder, gone):
+def test_missing_pieces(folder, message, gone):
     for name in gone:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 

@@ -162,11 +162,14 @@ class StepSampler(Sampler):
 def load_batches(
     dataset: Dataset, sampler: StepSampler, collate_fn, workers: int, device: torch.device
 ) -> DataLoader:
-    """A loader of a process's micro-batches, as dictionaries of tensors in memory of the CPU."""
+    """A loader of a process's micro-batches, as dictionaries of tensors in memory of the CPU.
+
+    ``device`` is the one they go to: for a GPU their memory is pinned.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate_fn,
         num_workers=workers,
-        pin_memory=device.type == "cuda",  # of no use on a CPU, and it takes memory of the GPU
+        pin_memory=device.type == "cuda",  # elsewhere of no use, and it would start the driver
     )
