@@ -323,6 +323,18 @@ def test_empty_prompt(sample, tiny_video_folder, out, prompt):
     check_refusal(result, "prompt is empty; write a sentence", out)
 
 
+@pytest.mark.parametrize("prompt", [5, {"a": 1}, ["a", 5], b"a"])
+def test_prompts_that_are_no_text(sample, prompt):
+    with pytest.raises(InputError, match="prompt must be a sentence or a list of them, got"):
+        sample(prompt)
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], [], 5])
+def test_negative_prompts_of_another_number(sample, prompts):
+    with pytest.raises(InputError, match="one sentence, or one for each of 1 prompts"):
+        sample(negative_prompt=prompts)
+
+
 def test_overlong_prompt_is_truncated(sample, tiny_video_folder, out):
     long_prompt = "a red square moves to the left " * 5
     with pytest.warns(PromptTruncationWarning, match="prompts may have 16 tokens; ignored are"):
@@ -389,6 +401,32 @@ def test_what_a_callback_may_return(sample):
 def test_embeddings_that_hold_no_numbers(sample, embeds):
     with pytest.raises(InputError, match="prompt_embeds must be a tensor"):
         sample(None, prompt_embeds=embeds)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_embeddings_that_are_not_finite(sample, pipeline, name, value):
+    embeds = [torch.zeros(2, pipeline.config.text_token_dim)]
+    sample(None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+    damaged = {"prompt_embeds": embeds, name: [torch.full_like(embeds[0], value)]}
+    with pytest.raises(InputError, match=f"^{name} holds NaN or infinite values"):
+        sample(None, **damaged)
+
+
+@pytest.mark.parametrize(
+    "name, shape, dtype",
+    [
+        ("image", (64, 64, 3), np.float32),
+        ("image", (64, 64), np.uint8),
+        ("image", (64, 64, 4), np.uint8),
+        ("image", (0, 64, 3), np.uint8),
+        ("video", (64, 64, 3), np.uint8),
+        ("video", (5, 3, 64, 64), np.uint8),
+    ],
+)
+def test_arrays_that_are_no_pictures(sample, name, shape, dtype):
+    with pytest.raises(InputError, match=f"{name} must be a path, PIL images, or a uint8 array"):
+        sample(**{name: np.zeros(shape, dtype)})
 
 
 def test_lists_of_frames(sample):

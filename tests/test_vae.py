@@ -313,6 +313,9 @@ def test_stream_errors(vae):
     with pytest.raises(InputError, match="nothing was pushed"):
         vae.stream().finish()
     stream = vae.stream()
+    for shape in ((1, 4, 5, 6), (1, 3, 1, 5, 6)):
+        with pytest.raises(InputError, match="expected .batch, 4, frames, height, width."):
+            stream.push(torch.zeros(shape))
     stream.push(latents_of(1))
     with pytest.raises(InputError, match="only the number of frames"):
         stream.push(latents_of(1, height=5))
