@@ -143,7 +143,20 @@ def test_sampling_and_training_schedulers_may_differ():
         ({"_class_name": "EulerDiscreteScheduler"}, "scheduler class"),
         ({"_class_name": ["DDPMScheduler"]}, "scheduler class"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "cubic"}, "beta_schedule"),
-        ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding"),
+        ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding=True"),
+        ({"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True}, "rescale_betas"),
+        *(
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler", key: True}, f"{key}=True is not")
+            for key in (
+                "use_dynamic_shifting",
+                "invert_sigmas",
+                "shift_terminal",
+                "use_karras_sigmas",
+                "use_exponential_sigmas",
+                "use_beta_sigmas",
+                "stochastic_sampling",
+            )
+        ),
         ({"_class_name": "DDPMScheduler", "variance": 1}, "unknown key"),
     ],
 )
