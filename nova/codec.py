@@ -77,7 +77,8 @@ class LatentCodec:
         """
         if dtype == torch.float16 and getattr(self.module.config, "force_upcast", False):
             dtype = torch.float32
-        self.module.to(device=device, dtype=dtype)
+        # Not diffusers' own method: 0.42.1 warns of every cast, even of none of its modules.
+        nn.Module.to(self.module, device=device, dtype=dtype)
         return self
 
     def save(self, folder: str | os.PathLike) -> None:

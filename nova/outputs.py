@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .media.pixels import to_uint8
+from .media.pixels import refuse_bad_values, to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 
@@ -70,8 +69,7 @@ def convert_pixels(pixels: Tensor, output_type: str) -> Any:
         InputError: pixels that are not finite (as after an overflow in half precision).
     """
     if output_type == "pt":
-        if not pixels.isfinite().all():
-            raise InputError("pixels hold NaN or infinite values: try bfloat16 or float32")
+        refuse_bad_values(pixels.numel() - int(pixels.isfinite().sum()), pixels.numel())
         scaled = (pixels.float() / 2 + 0.5).clamp(0, 1)
         return scaled.transpose(1, 2) if pixels.dim() == 5 else scaled
     arrays = to_uint8(pixels)

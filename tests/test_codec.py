@@ -1,6 +1,7 @@
 """LatentCodec: one interface over the video VAE and the image VAE of diffusers."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -352,6 +353,19 @@ def test_float16_is_raised_where_it_overflows(image_codec, tmp_path):
     assert LatentCodec.load(tmp_path).to(dtype=torch.float16).module.dtype == torch.float32
     change_config(tmp_path, force_upcast=False)
     assert LatentCodec.load(tmp_path, torch.float16).module.dtype == torch.float16
+
+
+def test_casts_are_silent(image_codec, tmp_path):
+    """Diffusers would warn of modules to keep in float32, of which there are none."""
+    image_codec.save(tmp_path)
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        LatentCodec.load(tmp_path, torch.bfloat16).to(torch.device("cpu"), torch.float32)
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert not records
 
 
 def test_without_diffusers(tmp_path, monkeypatch, codec):

@@ -24,6 +24,7 @@ from nova.checkpoint import CheckpointError, write_json
 from nova.cli import parts
 from nova.cli.app import app
 from nova.codec import LatentCodec, to_pixels
+from nova.config import named_config
 from nova.errors import InputError, MediaError
 from nova.generation_config import GenerationConfig
 from nova.media import read_image, write_video
@@ -497,6 +498,8 @@ def test_crops_show_what_is_there():
 def test_a_source_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot be read, the last one because: clip"):
         run_vae(tmp_path, GradientSource(3, broken=range(3)))
+    with pytest.raises(InputError, match="multiples of 8 for this VAE, got 36 x 32"):
+        run_vae(tmp_path, GradientSource(3, height=36))
 
 
 # Text encoder ---------------------------------------------------------------------------------
@@ -663,8 +666,38 @@ def test_another_text_encoder_for_a_model(tiny_video_folder, tiny_class_folder, 
     }
     with pytest.raises(InputError, match="takes class labels"):
         parts.released_model(tiny_class_folder, tmp_path / "text")
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match="config.json is missing"):
         parts.released_model(tiny_video_folder, tmp_path)
+    write_json(tmp_path / "text" / "text_encoder" / "config.json", {"model_type": "phi"})
+    with pytest.raises(CheckpointError, match="has no hidden_size; it is no text encoder's config"):
+        parts.released_model(tiny_video_folder, tmp_path / "text")
+
+
+def test_where_models_begin(tmp_path):
+    """By name, from a configuration, from a folder."""
+    named = parts.fresh_model("tiny-video", None, None, ddpm=False, seed=0)
+    assert named.model.config == named_config("tiny-video")
+    with pytest.raises(InputError, match="big is neither a file nor one of the sizes nova-d48"):
+        parts.fresh_model("big", None, None, ddpm=False, seed=0)
+    LatentCodec(new_vae(VAE_CONFIG, 3)).save(tmp_path)
+    opened = parts.open_vae(None, tmp_path, 0)
+    assert torch.equal(opened.encoder.conv_in.weight, new_vae(VAE_CONFIG, 3).encoder.conv_in.weight)
+    fresh = parts.open_vae(str(tmp_path / "config.json"), None, 5)
+    assert torch.equal(fresh.encoder.conv_in.weight, new_vae(VAE_CONFIG, 5).encoder.conv_in.weight)
+    diffusers = pytest.importorskip("diffusers")
+    LatentCodec(diffusers.AutoencoderKL()).save(tmp_path / "image")
+    with pytest.raises(InputError, match="holds an image VAE; only video VAEs are trained here"):
+        parts.open_vae(None, tmp_path / "image", 0)
+
+
+def test_parts_of_checkpoints_are_read_before_the_first_step(tiny_video_folder, tmp_path):
+    for name, file in (("vae", "config.json"), ("tokenizer", "tokenizer_config.json")):
+        folder = Path(shutil.copytree(tiny_video_folder / name, tmp_path / name))
+        (folder / file).write_text("[1]")
+        with pytest.raises(CheckpointError, match=f"{file} must hold a JSON object"):
+            FrozenParts(**{name: folder})
+    with pytest.raises(CheckpointError, match="absent is not a folder"):
+        FrozenParts(vae=tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -677,6 +710,12 @@ def test_another_text_encoder_for_a_model(tiny_video_folder, tiny_class_folder, 
         (["encode", "absent", "--vae", "v"], 2, "Give --size"),
         (["encode", "x", "--vae", "v", "--precision", "half"], 2, "must be one of float32"),
         (["train-text-encoder", "absent", "--labels"], 2, "known of shapes alone"),
+        (["encode", "x", "--model", "m", "--vae", "v"], 2, "Give one of --model and --vae"),
+        (
+            ["train-vae", "x", "--size", "8", "8", "--config", "tiny", "--vae", "v"],
+            2,
+            "Give one of --config and --vae",
+        ),
         (["train-vae", "absent", "--size", "64", "64", "--config", "tiny"], 1, "is not a folder"),
         (["train-vae", "shapes", "--size", "64", "64", "--config", "no"], 1, "neither a file nor"),
     ],
@@ -729,6 +768,21 @@ def test_a_text_encoder_that_is_there_stays(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MediaError, match="cannot be made"):
         make_text_encoder(["a red circle"], tmp_path / "file", options, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "options, values, message",
+    [
+        (VAETrainingOptions, {"kl_weight": -1.0}, "edge_weight must not be negative"),
+        (VAETrainingOptions, {"num_samples": 0}, "num_samples must be at least 1"),
+        (TextEncoderOptions, {"num_layers": 0}, "sizes must be at least 1, steps and seed not"),
+        (TextEncoderOptions, {"steps": -1}, "sizes must be at least 1, steps and seed not"),
+        (TextEncoderOptions, {"vocab_size": 256}, "vocab_size must be at least 257, got 256"),
+    ],
+)
+def test_numbers_that_no_run_takes(tmp_path, options, values, message):
+    with pytest.raises(InputError, match=message):
+        options(**({"out": tmp_path} if options is VAETrainingOptions else {}), **values)
 
 
 @pytest.mark.parametrize("rate", [float("nan"), -1.0])

@@ -36,15 +36,19 @@ def to_uint8(pixels: "np.ndarray | Tensor") -> np.ndarray:
     # One sample at a time: the float32 copy of a large batch would cost four times its result.
     convert = _tensor_to_uint8 if is_tensor else _array_to_uint8
     samples = [convert(sample) for sample in pixels]
-    bad = sum(count for _, count in samples)
-    if bad:
-        raise InputError(
-            f"{bad} of {math.prod(shape)} pixel values are NaN or infinite. Half precision may "
-            "have overflowed: try bfloat16 or float32."
-        )
+    refuse_bad_values(sum(count for _, count in samples), math.prod(shape))
     if not samples:
         return np.zeros((0, *shape[2:], 3), np.uint8)
     return np.stack([sample for sample, _ in samples])
+
+
+def refuse_bad_values(bad: int, total: int) -> None:
+    """Raise an InputError if any of `total` pixel values are NaN or infinite."""
+    if bad:
+        raise InputError(
+            f"{bad} of {total} pixel values are NaN or infinite. Half precision may have "
+            "overflowed: try bfloat16 or float32."
+        )
 
 
 def _tensor_to_uint8(sample: "Tensor") -> tuple[np.ndarray, int]:

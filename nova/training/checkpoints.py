@@ -1,6 +1,5 @@
 """Checkpoint folders of a run: whole or not there, the newest few kept."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,6 +66,9 @@ class FrozenParts:
     Args:
         vae, text_encoder, tokenizer: folders in diffusers' layout, or None.
         generation_config: what checkpoints recommend for sampling; None: the reference's values.
+
+    Raises:
+        CheckpointError: no such folder, or one with a damaged configuration.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class FrozenParts:
         missing = [str(path) for path in self.folders.values() if not path.is_dir()]
         if missing:
             raise CheckpointError(f"{', '.join(missing)} is not a folder")
+        # Read at once: what is damaged would otherwise be found when the first checkpoint is due.
+        self._classes = {name: _class_of(path) for name, path in self.folders.items()}
 
     @classmethod
     def of(cls, folder: Path) -> "FrozenParts":
@@ -102,7 +106,7 @@ class FrozenParts:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(file, target)
             library = "nova" if name == "vae" else "transformers"
-            index[name] = [library, _class_of(source)]
+            index[name] = [library, self._classes[name]]
         write_json(folder / "model_index.json", index)
 
 
@@ -118,7 +122,7 @@ def _class_of(folder: Path) -> str | None:
     """The class that a part's configuration names."""
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = read_json(folder / name)
             architectures = config.get("architectures") or [None]
             return config.get("_class_name") or architectures[0] or config.get("tokenizer_class")
     return None
