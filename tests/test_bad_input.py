@@ -7,11 +7,13 @@ and leaves no file.
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from make_tiny_checkpoint import VAE_CONFIG
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -25,10 +27,13 @@ from nova import (
 )
 from nova import pipeline as pipeline_module
 from nova.cli.app import app
+from nova.codec import LatentCodec
 from nova.inputs import InputWarning
 from nova.media import MediaWarning, read_video, save, write_image, write_video
+from nova.outputs import convert_pixels
 from nova.request import COUNTS, OPTIONAL_COUNTS
 from nova.text import PromptTruncationWarning
+from nova.training import TextEncoderOptions, make_text_encoder, new_vae
 from nova_kernels.errors import BackendError
 
 PROMPT = "a red square"
@@ -302,6 +307,20 @@ def test_pickle_that_runs_code(tiny_video_folder, tmp_path, out):
     assert not trace.exists()
 
 
+def test_parts_of_different_models(tiny_video_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_video_folder, tmp_path / "mixed"))
+    LatentCodec(new_vae(replace(VAE_CONFIG, latent_channels=8))).save(folder / "vae")
+    with pytest.raises(CheckpointError, match="the VAE has 8 latent channels, the transformer"):
+        NOVAPipeline.from_pretrained(folder)
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "tokenizer")
+    options = TextEncoderOptions(hidden_size=48, num_heads=3, num_layers=1, steps=0)
+    make_text_encoder(["a red circle"], folder, options, show_progress=False)
+    with pytest.raises(CheckpointError, match="the text encoder gives 48 values a token, the"):
+        NOVAPipeline.from_pretrained(folder)
+
+
 def test_no_text_encoder_and_no_embeddings(pipeline, tiny_video_folder, tmp_path, out):
     without = NOVAPipeline(pipeline.transformer, pipeline.scheduler, pipeline.vae)
     message = "this pipeline has no text encoder: give prompt_embeds"
@@ -327,6 +346,19 @@ def test_empty_prompt(sample, tiny_video_folder, out, prompt):
 def test_prompts_that_are_no_text(sample, prompt):
     with pytest.raises(InputError, match="prompt must be a sentence or a list of them, got"):
         sample(prompt)
+
+
+def test_every_prompt_has_its_negative_prompt(sample, pipeline):
+    prompts, negative = [PROMPT, "a"], ["a blue circle", ""]
+    generators = {"generator": [torch.Generator().manual_seed(0) for _ in prompts]}
+    together = sample(prompts, negative_prompt=negative, **generators).latents
+    for row in range(2):
+        generator = torch.Generator().manual_seed(0)
+        alone = sample(prompts[row], negative_prompt=negative[row], generator=generator).latents
+        torch.testing.assert_close(together[row : row + 1], alone)
+    embeds = pipeline.encode_prompt(["a"]) * 3
+    with pytest.raises(InputError, match="negative_prompt_embeds needs one entry for each of 2"):
+        sample(prompts, negative_prompt_embeds=embeds)
 
 
 @pytest.mark.parametrize("prompts", [["a", "b"], [], 5])
@@ -440,6 +472,27 @@ def test_lists_of_frames(sample):
         sample(latents=[latents[0], latents[0][..., :4]])
 
 
+def test_motion_of_other_samples(sample):
+    for name in ("motion_flow", "fps"):
+        with pytest.raises(InputError, match=f"a list of {name} needs 1 values, got 2"):
+            sample(**{name: [5.0, 6.0]})
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil", "uint8"])
+def test_pixels_that_are_not_finite(output_type):
+    pixels = torch.zeros(1, 3, 2, 8, 8)
+    convert_pixels(pixels, output_type)
+    pixels[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="1 of 384 pixel values are NaN or .* try bfloat16"):
+        convert_pixels(pixels, output_type)
+
+
+def test_pictures_without_a_vae(pipeline):
+    without = NOVAPipeline(pipeline.transformer, pipeline.scheduler, None, pipeline.text_encoder)
+    with pytest.raises(InputError, match="has no VAE to encode pictures with: give latents"):
+        without(PROMPT, image=np.zeros((64, 64, 3), np.uint8), output_type="latent")
+
+
 def test_callback_that_is_no_function(sample):
     with pytest.raises(InputError, match="callback_on_step_end must be a function"):
         sample(callback_on_step_end=5)
@@ -458,6 +511,8 @@ def test_class_models_take_classes(tiny_class_folder, out):
         pipeline(1001)
     with pytest.raises(InputError, match="image_guidance_scale is for text-conditioned models"):
         pipeline(7, image_guidance_scale=1.5)
+    with pytest.raises(InputError, match="negative_prompt needs one class id, or 3"):
+        pipeline(torch.tensor([7, 8, 9]), negative_prompt=[1, 2])
     out = out.with_suffix(".png")
     arguments = ["generate", PROMPT, "--model", tiny_class_folder, "--out", out, "--device", "cpu"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

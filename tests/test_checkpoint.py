@@ -143,6 +143,14 @@ def test_pickles_only_when_asked_for(tmp_path):
         load_state_dict(tmp_path)
     loaded = load_state_dict(tmp_path, allow_pickle=True)
     assert torch.equal(loaded["weight"], state["weight"])
+    torch.save({"state_dict": state, "step": 5}, tmp_path / f"{STEM}.bin")
+    loaded = load_state_dict(tmp_path, allow_pickle=True)
+    assert loaded.keys() == state.keys() and torch.equal(loaded["weight"], state["weight"])
+    torch.save({"weight": state["weight"], "step": 5}, tmp_path / f"{STEM}.bin")
+    with pytest.raises(CheckpointError, match="does not hold a state dict of tensors"):
+        load_state_dict(tmp_path, allow_pickle=True)
+    with pytest.raises(CheckpointError, match="absent is missing; is the checkpoint folder"):
+        load_state_dict(tmp_path / "absent")
 
 
 class Payload:

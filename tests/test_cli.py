@@ -460,6 +460,56 @@ def test_usage_errors_exit_2(tmp_path, arguments, named):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_conditions_that_the_model_does_not_take(
+    tiny_video_folder, tiny_image_folder, tiny_class_folder, tmp_path
+):
+    save_file({"prompt_embeds": torch.zeros(2, 7)}, tmp_path / "narrow.safetensors")
+    out = tmp_path / "out" / "x.png"
+    for folder, arguments, message in (
+        (tiny_video_folder, ["--class-id", 3], "takes prompts, not classes: give a sentence"),
+        (tiny_class_folder, ["--class-id", 3, "--negative", "x"], "--negative is for models that"),
+        (
+            tiny_class_folder,
+            ["--class-id", 3, "--image-guidance", 1.5],
+            "--image-guidance is for models that take prompts",
+        ),
+        (tiny_image_folder, [PROMPT, "--latents", 3], "is an image model; leave --latents out"),
+        (
+            tiny_video_folder,
+            ["--prompt-embeds", tmp_path / "narrow.safetensors"],
+            "`prompt_embeds` has 7 values a token; this model takes 32",
+        ),
+    ):
+        result = run("generate", *arguments, "--model", folder, "--out", out, *FAST)
+        assert result.exit_code == 1 and message in result.stderr, result.output
+        assert not list(tmp_path.glob("out/*"))
+
+
+def test_files_of_conditions_that_cannot_be_used(tmp_path):
+    texts, tensors = tmp_path / "prompts.txt", tmp_path / "embeds.safetensors"
+    for content, message in (
+        (b"\xff\xfe\x00a", "cannot be read as UTF-8 text"),
+        (b"# a remark\n\n", "holds no prompts; write one a line"),
+    ):
+        texts.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_conditions(None, None, None, texts)
+    for content, message in (
+        ({"embeds": torch.zeros(2, 32)}, r"has no tensor `prompt_embeds`, only \['embeds'\]"),
+        (
+            {"prompt_embeds": torch.zeros(32)},
+            r"must be floating point .* got torch.float32 \(32,\)",
+        ),
+        ({"prompt_embeds": torch.zeros(2, 32).int()}, "must be floating point .* got torch.int32"),
+    ):
+        save_file(content, tensors)
+        with pytest.raises(InputError, match=message):
+            read_conditions(None, None, tensors, None)
+    tensors.write_bytes(b"123")
+    with pytest.raises(InputError, match="cannot be read as a safetensors file"):
+        read_conditions(None, None, tensors, None)
+
+
 # doctor, info, help ---------------------------------------------------------------------------
 
 

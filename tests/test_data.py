@@ -113,6 +113,12 @@ def test_files_that_do_not_fit(tmp_path):
         source[0]
     with pytest.raises(InputError, match="still.png is an image; clips of 5 are wanted"):
         source[1]
+    (tmp_path / "still.txt").write_text(" \n")
+    with pytest.raises(InputError, match="still.png has no caption: still.txt is empty"):
+        FolderSource(tmp_path, IMAGE)[1]
+    (tmp_path / "latin.jsonl").write_bytes(b'{"file": "\xe9.png", "caption": "c"}')
+    with pytest.raises(InputError, match="latin.jsonl cannot be read as UTF-8 text"):
+        FolderSource(tmp_path, IMAGE, tmp_path / "latin.jsonl")
     with pytest.raises(InputError, match="names no file"):
         FolderSource(tmp_path / "..", CLIP, _jsonl(tmp_path, ""))
     with pytest.raises(InputError, match="is not a folder"):
@@ -322,6 +328,46 @@ def test_class_labels(tmp_path, codec, text_encoder):
         encode_clips(GradientSource(2), tmp_path / "c", codec, show_progress=False)
 
 
+def test_image_vaes_encode_images(tmp_path, text_encoder):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        scaling_factor=0.25,
+    )
+    source = GradientSource(3, num_frames=1)
+    options = {"dtype": "float32", "show_progress": False}
+    encode_clips(source, tmp_path, LatentCodec(module), text_encoder, **options)
+    data = LatentDataset(tmp_path)
+    assert data.latent_shape == (4, 1, 16, 16) and data.index.scaling_factor == 0.25
+    with torch.no_grad():
+        expected = module.encode(to_pixels([source[2].frames])[:, :, 0]).latent_dist
+    torch.testing.assert_close(data[2].mean[:, 0], expected.mean[0])
+    torch.testing.assert_close(data[2].logvar[:, 0], expected.logvar[0])
+    with pytest.raises(InputError, match="an image VAE encodes images: num_frames must be 1"):
+        encode_clips(GradientSource(3), tmp_path / "clips", LatentCodec(module), text_encoder)
+
+
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        (float("nan"), CheckpointError, "latents are NaN or infinite"),
+        (1e5, InputError, "latents exceed the range of float16; store them in bfloat16"),
+    ],
+)
+def test_latents_that_cannot_be_stored(
+    tmp_path, codec, text_encoder, monkeypatch, value, error, message
+):
+    moments = torch.full((2, 1, 4, 2, 4, 4), value)
+    monkeypatch.setattr("nova.data.encoding.posterior_moments", lambda *_: (*moments,))
+    with pytest.raises(error, match=message):
+        encode_clips(
+            GradientSource(1), tmp_path, codec, text_encoder, dtype="float16", show_progress=False
+        )
+
+
 def test_sizes_that_the_vae_does_not_take(tmp_path, codec, text_encoder):
     with pytest.raises(InputError, match="multiples of 8"):
         encode_clips(GradientSource(2, height=36), tmp_path, codec, text_encoder)
@@ -355,7 +401,10 @@ def test_damaged_data_sets(tmp_path):
     with pytest.raises(CheckpointError, match="lacks the shards"):
         LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text('{"format": "nova-latents-1", "shards": [{}]}')
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="index.json is damaged"):
+        LatentDataset(tmp_path)
+    (tmp_path / "index.json").write_text('{"format": "other", "shards": []}')
+    with pytest.raises(CheckpointError, match="is not of the format nova-latents-1"):
         LatentDataset(tmp_path)
     with pytest.raises(InputError, match="make encoded data with: nova encode"):
         LatentDataset(tmp_path / "absent")

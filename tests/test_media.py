@@ -684,6 +684,14 @@ def test_contact_sheet_size(frames, columns, rows):
     assert rows * 192 < sheet.shape[0] < rows * 192 + (rows + 1) * 32
 
 
+def test_frames_wider_than_a_cell_are_made_smaller():
+    clip = np.full((2, 480, 768, 3), (200, 100, 50), np.uint8)
+    sheet = media.contact_sheet(clip, columns=2)
+    assert sheet.shape[1] == 2 * 240 + 3 * 8 and 150 < sheet.shape[0] < 150 + 50
+    assert (sheet == clip[0, 0, 0]).all(-1).sum() >= 2 * 150 * 240
+    assert media.contact_sheet(clip, columns=1, max_frames=1).shape[1] == 240 + 2 * 8
+
+
 def test_contact_sheet_options():
     clip = moving_square(20)
     plain = media.contact_sheet(clip, columns=5, max_frames=10)
@@ -704,6 +712,12 @@ def test_compare_clips():
         media.compare_clips(clips, captions=["one"])
     with pytest.raises(InputError):
         media.compare_clips([])
+
+
+def test_an_image_is_one_frame(tmp_path):
+    with pytest.raises(InputError, match="write_image takes one image and was given 2"):
+        media.write_image(tmp_path / "x.png", moving_square(2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_contact_sheets():

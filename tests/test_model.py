@@ -81,6 +81,8 @@ def test_config_of_the_reference():
         ({"arch": ["vit_d16w1024", "vit_d32w1024"]}, "`arch` must be"),
         ({"arch": ["vit_d16w1024", "mlp_d3w1280", "vit_d32w1024"]}, "`arch` must be"),
         ({"arch": None}, "lacks"),
+        ({"arch_dims": [1, 2, 3]}, "has both `arch` and `arch_dims`; keep one"),
+        ({"arch": None, "arch_dims": [{"depth": 1}] * 3}, "`arch_dims` must be"),
         ({"image_dim": None}, "image_dim"),
         ({"image_size": [500, 512]}, "divisible by 32"),
         ({"image_base_size": [16, 16]}, "image_base_size"),

@@ -329,14 +329,17 @@ def frames_of(pipe):
     return pipe("a cat", generator=generator, **options).frames
 
 
-def test_tune_by_the_clock(pipe):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.1)])
+def test_tune_by_the_clock(pipe, dtype, tolerance):
+    """In half precision candidates are held against results in float32."""
+    pipe.to("cpu", dtype)
     before = frames_of(pipe)
     record = nova.tune(pipe, batch_size=2, **FAST)
     assert {entry.choice for entry in record.measurements} == record.facts["choices"].keys()
     for entry in record.measurements:
         assert entry.chosen in entry.seconds and not entry.refused
     assert nova.report(pipe).tuning is record and str(record) in str(nova.report(pipe))
-    torch.testing.assert_close(frames_of(pipe), before, atol=2e-3, rtol=0)
+    torch.testing.assert_close(frames_of(pipe), before, atol=tolerance, rtol=0)
 
 
 @pytest.mark.gpu
