@@ -28,6 +28,7 @@ from nova import (
 from nova import pipeline as pipeline_module
 from nova.cli.app import app
 from nova.codec import LatentCodec
+from nova.devices import check_device
 from nova.inputs import InputWarning
 from nova.media import MediaWarning, read_video, save, write_image, write_video
 from nova.outputs import convert_pixels
@@ -674,6 +675,20 @@ def test_unknown_device(pipeline, tiny_video_folder, out):
     check_refusal(
         command(PROMPT, "--model", tiny_video_folder, out=out, device="gpu"), message, out
     )
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert check_device("cuda:1") == torch.device("cuda", 1)
+    for device, message in (
+        ("cuda:2", "there is no cuda:2: 2 GPUs are visible, from cuda:0 on"),
+        ("mps", "MPS was asked for, but it is not available; use --device cpu"),
+        ("vulkan", "vulkan is not supported; use cpu, cuda, cuda:1 or mps"),
+    ):
+        with pytest.raises(DeviceError, match=message):
+            check_device(device)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

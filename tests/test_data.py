@@ -21,6 +21,7 @@ from nova.data import (
 )
 from nova.data.encoding import posterior_moments
 from nova.data.seeds import keyed_generator
+from nova.data.shards import ShardIndex
 from nova.errors import CheckpointError, InputError
 from nova.media import write_image, write_video
 from nova.motion import motion_score
@@ -138,6 +139,12 @@ def test_formats_that_no_clip_has(values):
 
 
 # Shapes ---------------------------------------------------------------------------------------
+
+
+def test_numbers_of_shapes_that_there_are_not():
+    for size, seed in ((0, 0), (5, -1)):
+        with pytest.raises(InputError, match="must be at least 1, and seed .* at least 0"):
+            ShapesSource(size, CLIP, seed)
 
 
 def test_shapes_are_a_source():
@@ -405,6 +412,9 @@ def test_damaged_data_sets(tmp_path):
         LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text('{"format": "other", "shards": []}')
     with pytest.raises(CheckpointError, match="is not of the format nova-latents-1"):
+        LatentDataset(tmp_path)
+    ShardIndex({}, (4, 1, 8, 8), None, 1.0, 0.0, complete=True).write(tmp_path)
+    with pytest.raises(InputError, match="has no samples; see its list of skipped files"):
         LatentDataset(tmp_path)
     with pytest.raises(InputError, match="make encoded data with: nova encode"):
         LatentDataset(tmp_path / "absent")

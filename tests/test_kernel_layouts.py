@@ -15,6 +15,7 @@ from test_block_causal_attention import definition
 import nova_kernels
 from nova_kernels import StepCoefficients
 from nova_kernels.ops import diffusion_step, frame_scale_shift, residual_norm, rope3d, scale_shift
+from nova_kernels.rows import as_rows
 
 
 def spread(*shape, order, gap, dtype=torch.float32, step=1):
@@ -156,3 +157,8 @@ def test_diffusion_step():
     right = diffusion_step.reference(x, predictions, step, noise, outside, mask)
     for found in zip(results, right, strict=True):
         torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_a_kernel_would_read_beyond():
+    with pytest.raises(ValueError, match=r"rows of different shapes: \[\(4, 8\), \(3, 8\)\]"):
+        as_rows(randn(4, 8), randn(3, 8))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from make_tiny_checkpoint import VAE_CONFIG
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import SMALL, SMALL_IMAGE
 from training_data import GradientSource, write_latents
 from typer.testing import CliRunner
@@ -163,7 +163,18 @@ def test_what_a_run_does_not_go_on_with(tmp_path, data):
         run(tmp_path, data, steps=6, seed=1, resume=True)
     with pytest.raises(InputError, match="was started with freeze_motion=False"):
         run(tmp_path, data, steps=6, freeze_motion=True, resume=True)
-    (tmp_path / "checkpoints/step-00000004/training_state/optimizer.safetensors").write_bytes(b"x")
+    state = tmp_path / "checkpoints/step-00000004/training_state"
+    weights, moments = (load_file(state / f"{n}.safetensors") for n in ("weights", "optimizer"))
+    damaged = {**weights, "model.mask_embed.bos_token": torch.zeros(1, 7)}
+    save_file(damaged, state / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="training_state does not fit this model: "):
+        run(tmp_path, data, steps=6, resume=True)
+    save_file(weights, state / "weights.safetensors")
+    kept = {name: value for name, value in moments.items() if "bos_token" not in name}
+    save_file(kept, state / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="trained other parameters, such as .*bos_token"):
+        run(tmp_path, data, steps=6, resume=True)
+    (state / "optimizer.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         run(tmp_path, data, steps=6, resume=True)
 
@@ -758,6 +769,16 @@ def test_a_folder_that_cannot_be_made(tmp_path, data, start):
     source = data if start is run else GradientSource(4)
     with pytest.raises(MediaError, match="cannot be made, or not be written into"):
         start(tmp_path / "file", source)
+
+
+def test_a_text_encoder_on_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nova.training.text_encoder.save_tokenizer", fail)
+    options = TextEncoderOptions(hidden_size=32, num_heads=2, num_layers=1, steps=0)
+    with pytest.raises(CheckpointError, match="the text encoder cannot be saved: .*No space left"):
+        make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
 
 
 def test_a_text_encoder_that_is_there_stays(tmp_path):
