@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nova.errors import ConfigError, InputError
-from nova.vae import CausalVideoVAE, VAEConfig, autoencoder
+from nova.vae import CausalVideoVAE, VAEConfig, autoencoder, sample_latents
 from nova.vae.framewise import decode_framewise
 from nova.vae.layers import CausalConv3d
 from nova.vae.tiles import SpatialTiling, blend_tiles, time_tiles
@@ -400,6 +400,14 @@ def test_list_of_generators_is_per_sample(vae):
     assert not torch.equal(both, vae.encode(pixels, sample=False))
     with pytest.raises(InputError, match="generators"):
         vae.encode(pixels, generators()[:1])
+
+
+def test_samples_are_the_mean_and_noise_by_its_deviation():
+    """In this order and with this sign a seed gives the reference's latents."""
+    mean, logvar = torch.randn(2, 2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    samples = sample_latents(mean, logvar, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(samples, mean + logvar.exp().sqrt() * noise)
 
 
 def test_generator_is_reproducible(vae):
