@@ -77,7 +77,7 @@ class LatentCodec:
         """
         if dtype == torch.float16 and getattr(self.module.config, "force_upcast", False):
             dtype = torch.float32
-        # Not diffusers' own method: 0.42.1 warns of every cast, even of none of its modules.
+        # Not diffusers' own method, which in 0.42 warns of every cast, though of no module.
         nn.Module.to(self.module, device=device, dtype=dtype)
         return self
 

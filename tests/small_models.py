@@ -1,10 +1,12 @@
-"""Small random models, runs of the samplers, and a stand-in for graphs, for the tests."""
+"""Small random models and VAEs, runs of the samplers, and a stand-in for graphs, for the tests."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import pytest
 import torch
 
+from nova.codec import LatentCodec
 from nova.conditioning import Conditioning
 from nova.config import EncoderConfig, ModelConfig, named_config
 from nova.engine import SamplingGraphs
@@ -36,6 +38,21 @@ def small_model(config: ModelConfig = SMALL, seed: int = 0) -> NOVATransformer:
     for token in (model.mask_embed.bos_token, model.mask_embed.mask_token):
         token.normal_()
     return model
+
+
+def small_image_codec() -> LatentCodec:
+    """A small AutoencoderKL of diffusers, as SD and SDXL use it; shift and scaling of its own."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=4,
+        scaling_factor=0.25,
+        shift_factor=0.1,
+    )
+    return LatentCodec(module)
 
 
 def small_prompts(config: ModelConfig, batch: int, seed: int = 1) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import small_image_codec
 
 from nova.codec import LatentCodec
 from nova.errors import CheckpointError, ConfigError, DependencyError, InputError
@@ -27,18 +28,7 @@ def codec():
 
 @pytest.fixture
 def image_codec():
-    """A small AutoencoderKL of diffusers, as SD and SDXL use it."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    module = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-        latent_channels=4,
-        scaling_factor=0.25,
-        shift_factor=0.1,
-    )
-    return LatentCodec(module)
+    return small_image_codec()
 
 
 def pixels_of(*shape, seed=0):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import small_image_codec
 from training_data import GradientSource, write_latents
 
 from nova.codec import LatentCodec, to_pixels
@@ -336,25 +337,18 @@ def test_class_labels(tmp_path, codec, text_encoder):
 
 
 def test_image_vaes_encode_images(tmp_path, text_encoder):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    module = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-        scaling_factor=0.25,
-    )
+    codec = small_image_codec()
     source = GradientSource(3, num_frames=1)
     options = {"dtype": "float32", "show_progress": False}
-    encode_clips(source, tmp_path, LatentCodec(module), text_encoder, **options)
+    encode_clips(source, tmp_path, codec, text_encoder, **options)
     data = LatentDataset(tmp_path)
     assert data.latent_shape == (4, 1, 16, 16) and data.index.scaling_factor == 0.25
     with torch.no_grad():
-        expected = module.encode(to_pixels([source[2].frames])[:, :, 0]).latent_dist
+        expected = codec.module.encode(to_pixels([source[2].frames])[:, :, 0]).latent_dist
     torch.testing.assert_close(data[2].mean[:, 0], expected.mean[0])
     torch.testing.assert_close(data[2].logvar[:, 0], expected.logvar[0])
     with pytest.raises(InputError, match="an image VAE encodes images: num_frames must be 1"):
-        encode_clips(GradientSource(3), tmp_path / "clips", LatentCodec(module), text_encoder)
+        encode_clips(GradientSource(3), tmp_path / "clips", codec, text_encoder)
 
 
 @pytest.mark.parametrize(

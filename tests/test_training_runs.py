@@ -16,7 +16,7 @@ import pytest
 import torch
 from make_tiny_checkpoint import VAE_CONFIG
 from safetensors.torch import load_file, save_file
-from small_models import SMALL, SMALL_IMAGE
+from small_models import SMALL, SMALL_IMAGE, small_image_codec
 from training_data import GradientSource, write_latents
 from typer.testing import CliRunner
 
@@ -695,8 +695,7 @@ def test_where_models_begin(tmp_path):
     assert torch.equal(opened.encoder.conv_in.weight, new_vae(VAE_CONFIG, 3).encoder.conv_in.weight)
     fresh = parts.open_vae(str(tmp_path / "config.json"), None, 5)
     assert torch.equal(fresh.encoder.conv_in.weight, new_vae(VAE_CONFIG, 5).encoder.conv_in.weight)
-    diffusers = pytest.importorskip("diffusers")
-    LatentCodec(diffusers.AutoencoderKL()).save(tmp_path / "image")
+    small_image_codec().save(tmp_path / "image")
     with pytest.raises(InputError, match="holds an image VAE; only video VAEs are trained here"):
         parts.open_vae(None, tmp_path / "image", 0)
 

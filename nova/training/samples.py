@@ -164,7 +164,7 @@ def load_batches(
 ) -> DataLoader:
     """A loader of a process's micro-batches, as dictionaries of tensors in memory of the CPU.
 
-    ``device`` is the one they go to: for a GPU their memory is pinned.
+    `device` is the one they go to: for a GPU their memory is pinned.
     """
     return DataLoader(
         dataset,
