@@ -329,18 +329,19 @@ def frames_of(pipe):
     return pipe("a cat", generator=generator, **options).frames
 
 
-# Any candidate of this model moves a pixel by up to 0.08 in bfloat16, as bfloat16 itself does.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.25)])
-def test_tune_by_the_clock(pipe, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tune_by_the_clock(pipe, dtype):
     """In half precision candidates are held against results in float32."""
+    exact = frames_of(pipe)
     pipe.to("cpu", dtype)
-    before = frames_of(pipe)
+    rounding = (frames_of(pipe) - exact).abs().max()
     record = nova.tune(pipe, batch_size=2, **FAST)
     assert {entry.choice for entry in record.measurements} == record.facts["choices"].keys()
     for entry in record.measurements:
         assert entry.chosen in entry.seconds and not entry.refused
     assert nova.report(pipe).tuning is record and str(record) in str(nova.report(pipe))
-    torch.testing.assert_close(frames_of(pipe), before, atol=tolerance, rtol=0)
+    # What was chosen may round otherwise, not worse by far.
+    assert (frames_of(pipe) - exact).abs().max() < 2e-3 + 3 * rounding
 
 
 @pytest.mark.gpu
