@@ -31,8 +31,11 @@ def measure_vae(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from nova.vae import CausalVideoVAE, VAEConfig
 
-    torch.manual_seed(0)
     config = VAEConfig.osp()
+    frames, height, width = arguments.frames, arguments.height, arguments.width
+    if (frames - 1) % config.temporal_factor:
+        raise SystemExit(f"--frames must be 1 + {config.temporal_factor} n, got {frames}")
+    torch.manual_seed(0)
     vae = CausalVideoVAE(config, tile_latents=arguments.tile_latents)
     vae.to(arguments.device, getattr(torch, arguments.dtype)).eval()
     if arguments.memory_budget is not None:
@@ -40,9 +43,6 @@ def measure_vae(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tile_pixels:
         vae.enable_tiling(arguments.tile_pixels, arguments.tile_pixels // 4)
 
-    frames, height, width = arguments.frames, arguments.height, arguments.width
-    if (frames - 1) % config.temporal_factor:
-        raise SystemExit(f"--frames must be 1 + {config.temporal_factor} n, got {frames}")
     if arguments.encode:
         x = torch.rand(1, config.in_channels, frames, height, width) * 2 - 1
     else:

@@ -20,7 +20,7 @@ from nova import pipeline as pipeline_module
 from nova.cli import doctor
 from nova.cli.app import app
 from nova.cli.generate import Backend
-from nova.cli.samples import read_conditions
+from nova.cli.samples import Sample, read_conditions
 from nova.devices import PeakMemory
 from nova.errors import InputError, MediaError
 from nova.media import check_writable, read_image, read_video, write_image, write_video
@@ -176,6 +176,12 @@ def test_batch_file_equals_single_runs(tiny_video_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["x_000.png", "x_001.png", "x_002.png"]
 
 
+def test_what_a_sheet_says_of_its_clip():
+    embeds = torch.zeros(2, 3)
+    captions = [Sample(each, 0, Path("x.mp4")).caption for each in ("a ball", 7, embeds)]
+    assert captions == ["a ball", "class 7", None]
+
+
 def test_a_prompt_is_a_line(tmp_path):
     """str.splitlines() would make three of it."""
     (tmp_path / "prompts.txt").write_bytes("a ball\x0c moves\u2028up\r\n".encode())
@@ -185,11 +191,11 @@ def test_a_prompt_is_a_line(tmp_path):
 
 
 def test_files_of_all_samples_are_checked_before(tiny_video_folder, tmp_path):
-    """A number makes a name too long; a sheet's name is a folder's."""
+    """A number makes a name too long; names of a clip, its sheet, the sheet of all are folders'."""
     common = ("generate", PROMPT, "--model", tiny_video_folder, "--num", 2, *FAST)
-    (tmp_path / "y_sheet.png").mkdir()
-    (tmp_path / "z_001.mp4").mkdir()
-    for name, more in (("a" * 248, ()), ("y", ("--sheet",)), ("z", ())):
+    for folder in ("x_001_sheet.png", "y_sheet.png", "z_001.mp4"):
+        (tmp_path / folder).mkdir()
+    for name, more in (("a" * 248, ()), ("x", ("--sheet",)), ("y", ("--sheet",)), ("z", ())):
         result = run(*common, "--out", tmp_path / f"{name}.mp4", *more)
         assert result.exit_code == 1 and "seed" not in result.stdout, result.output
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
@@ -545,6 +551,7 @@ def test_doctor_json():
     assert report["runs"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert report["h264"] is True
     assert len(report["gpus"]) == torch.cuda.device_count()
+    assert report["cuda_extension"] == nova_kernels.build_info()
 
 
 def test_doctor_table():

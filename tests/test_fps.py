@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial, partialmethod
@@ -98,6 +99,13 @@ def test_rows_are_kept_as_they_come():
     assert kept[1][1]["refused"] == "not timed yet" and kept[1][1]["first_run_s"] > 0
     assert kept[2][0]["fps"] > 0 and kept[2][0]["vae_s"] is None
     assert kept[-1] == rows and rows[1]["vae_s"] > 0 and "stages_s" in rows[1]
+
+
+def test_videos_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(fps_measure, "decode_seconds", lambda vae, clip, *_: 2.0 * len(clip))
+    (plain,) = rows_of(samplers={PLAIN: generate_frames_plain}, stages=False)
+    assert plain["batch"] == 2 and plain["vae_s"] == 4.0
+    assert plain["fps_with_vae"] == pytest.approx(2 * 5 / (plain["latency_s"] + 4))
 
 
 def test_too_little_memory_for_what_is_timed_by_itself(monkeypatch):
@@ -510,6 +518,9 @@ def test_tables(capsys):
     printed = capsys.readouterr().out
     assert "tiny-video T=2 A=3 D=2" in printed and "6 of 6" in printed
     assert "wrong: differs" in printed and "image encoder" in printed
+    whole = sum(rows[1]["stages_s"].values())
+    cells = [cell.strip() for cell in re.split("[│┃|]", printed)]
+    assert {f"{whole:.3g}", f"{rows[1]['latency_s'] + rows[1]['vae_s']:.3g}"} <= set(cells)
 
 
 def test_plot(tmp_path):

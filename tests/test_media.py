@@ -258,7 +258,8 @@ def test_grey_palette_and_16_bit_images(tmp_path):
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    # 256 levels between one of 8 bits and the next, of which the lower ones are dropped
+    Image.fromarray(grey.astype(np.uint16) * 257 + 100).save(tmp_path / "deep.png")
     for name in ("grey", "palette", "deep"):
         image = media.read_image(tmp_path / f"{name}.png")
         assert np.array_equal(image, np.repeat(grey[..., None], 3, -1)), name

@@ -23,6 +23,11 @@ def test_no_videos_at_all(capsys):
     assert "--batch must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_clip_that_latents_do_not_cover():
+    with pytest.raises(SystemExit, match=r"--frames must be 1 \+ 4 n, got 16"):
+        memory.main(["vae", "--frames", "16", "--worker"])
+
+
 def test_rows_are_added(tmp_path):
     path = tmp_path / "memory.json"
     options = ["--geometry", "tiny-video", "--steps", "2", "--diffusion-steps", "2", "--sets", "1"]

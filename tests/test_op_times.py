@@ -14,6 +14,8 @@ import torch
 from ceilings import Ceilings
 from kernel_testing import needs_triton
 from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nova.config import NAMED_CONFIGS, ModelConfig
 from nova.graph_recording import RecordingError
@@ -115,6 +117,30 @@ def test_only_what_is_written_is_tried():
     assert names(attention) >= {"reference", "triton", "SDPA with a mask"}
     added = op_times.implementations(attention).keys() - names(attention)
     assert added == {"torch.compile", "FlexAttention"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        kernel_cases.residual_norm(512, 32),
+        kernel_cases.scale_shift(12, 32),
+        kernel_cases.linear_gelu(12, 32),
+        kernel_cases.frame_scale_shift(2, 6, 32, 4),
+        kernel_cases.rope3d(2, 6, 2, 32),
+        kernel_cases.diffusion_step(2, 6, 4),
+        kernel_cases.attention("one clip", [4, 2], heads=2, head_dim=32, batch=2, prefix=3),
+    ],
+    ids=lambda case: case.op,
+)
+def test_costs_are_those_of_a_call(case):
+    inputs = case.make(torch.device("cpu"), torch.float32)
+    # Only as products of matrices is attention counted on a CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = case.run("reference", *inputs)
+    moved = inputs[: len(inputs) - case.num_tables] + [result]
+    # A norm's weights, two rows among thousands, are not counted.
+    assert case.elements[0] == pytest.approx(sum(tensor.numel() for tensor in moved), rel=2e-3)
+    assert case.operations[0] == counter.get_total_flops()
 
 
 def test_a_peer_that_fails_is_left_out(monkeypatch):

@@ -159,8 +159,15 @@ def test_distance_to_what_stands_still_is_larger():
     def features(seed, frames):
         return np.stack([clip_features(shapes.clip(seed, i).frames[frames]) for i in range(34)])
 
-    space = FeatureSpace.fit(features(1, slice(None)))
+    fitted = features(1, slice(None))
+    space = FeatureSpace.fit(fitted)
     assert space.components.T @ space.components == pytest.approx(np.eye(32), abs=1e-9)
+    # Principal components: of what they were fitted to, uncorrelated, the most varying first.
+    projected = space.project(fitted)
+    variances = (projected**2).mean(axis=0)
+    assert projected.mean(axis=0) == pytest.approx(0, abs=1e-9)
+    assert projected.T @ projected / len(fitted) == pytest.approx(np.diag(variances), abs=1e-8)
+    assert (np.diff(variances) <= 0).all()
     reference, moving, still = (
         space.project(features(seed, frames))
         for seed, frames in ((2, slice(None)), (3, slice(None)), (3, [0] * 17))
@@ -253,6 +260,8 @@ def test_image_to_video(right):
 
 
 def test_continuation(right):
+    # Of 5 latent frames the first 3 are given: 9 of 17 frames.
+    assert continuation(right).sections[0].name == "frames 8 to the end"
     (section,) = by_section(continuation(right)).values()
     assert all(q.value == 1 for name, q in section.items() if q.unit == "share")
     distance = section["distance in the last frame"]

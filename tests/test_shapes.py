@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections import defaultdict
 
@@ -18,7 +19,7 @@ from nova.media import read_image
 from nova.shapes.__main__ import main
 from nova.shapes.accuracy import degrade, measuring_accuracy
 from nova.shapes.blobs import to_lab
-from nova.shapes.geometry import SHAPES, extents, signed_distance
+from nova.shapes.geometry import POLYGONS, SHAPES, extents, signed_distance
 from nova.shapes.labels import QUESTIONS, scene_labels
 from nova.shapes.paths import paths
 from nova.shapes.vocabulary import (
@@ -154,6 +155,14 @@ def test_anti_aliasing_covers_the_right_area(shape):
     assert np.abs(covered / exact - 1).max() < 0.02
     edge = ((covered := (frames - ground)[..., 0] / (color - ground)[0]) > 0.1) & (covered < 0.9)
     assert 10 < edge.sum(axis=(1, 2)).min()
+
+
+@pytest.mark.parametrize("corners", POLYGONS.values(), ids=POLYGONS.keys())
+def test_polygons_are_symmetric_and_even(corners):
+    mirrored, corners = np.round(corners * (-1, 1), 6) + 0.0, np.round(corners, 6) + 0.0  # no -0
+    assert sorted(mirrored.tolist()) == sorted(corners.tolist())
+    edges = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1)
+    assert edges == pytest.approx(edges[0], abs=1e-5)
 
 
 def test_plain_ground_and_full_color():
@@ -317,6 +326,19 @@ def test_same_caption_means_same_scene():
         meanings[shapes.caption(scene, rng)].add(shapes.describe(scene))
     assert len(meanings) < 3000  # some captions came twice, so something was compared
     assert all(len(described) == 1 for described in meanings.values())
+
+
+def test_a_second_shape_without_a_motion_stands_still():
+    (moving,) = scene_of("right").objects
+    texts = {}
+    for motion in ("still", "left", "growing"):
+        (second,) = scene_of(motion, shape="star", color="blue").objects
+        texts[motion] = captions_of(shapes.Scene((moving, second), "black", "above"))
+    # Nothing follows the star, or only what the first shape does.
+    ending = re.compile("star(, (?!.*star).*)?( (on|against) a black background)?$")
+    unsaid = {key: sum(map(bool, map(ending.search, found))) for key, found in texts.items()}
+    assert unsaid["left"] == unsaid["growing"] == 0
+    assert len(texts["still"]) / 2 < unsaid["still"] < len(texts["still"])
 
 
 # --- clips by number ------------------------------------------------------------------------
