@@ -91,6 +91,7 @@ def test_config_of_the_reference():
         ({"hidden_act": "gelu"}, "unknown keys"),
         ({"video_base_size": [1, 16]}, "3 numbers"),
         ({"image_size": "512"}, "positive integers"),
+        ({"image_size": [16, 16.5]}, "positive integers"),
         ({"text_token_dim": 2560.0}, "`text_token_dim` must be an integer"),
         ({"text_token_dim": -5}, "`text_token_dim` must be positive"),
         ({"video_mixer_rank": "24"}, "`video_mixer_rank` must be an integer"),

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from nova.errors import CheckpointError, InputError, MediaError
 from nova.text import TextEncoder
-from nova.training import CaptionLabels, TextEncoderOptions, make_text_encoder
+from nova.training import CaptionLabels, TextEncoderOptions, make_text_encoder, text_encoder
 from nova.training.text_objectives import LabelObjective, NextTokenObjective
 
 HIDDEN, VOCABULARY = 8, 11
@@ -106,6 +106,15 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path):
     assert (guesses == labels.answers[1::2]).float().mean() > 0.9
     assert encoder.tokenizer(captions[0]).input_ids[-1] == encoder.tokenizer.eos_token_id
     assert encoder.encode([""])[0].shape == (0, 32)  # still the null prompt
+
+
+def test_long_captions_are_cut_and_still_end(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(text_encoder, "_fit", lambda model, _, tokens, *rest: seen.extend(tokens))
+    options = TextEncoderOptions(hidden_size=32, num_layers=1, num_heads=2, max_length=4)
+    make_text_encoder(["one", "a b c d e f g h"], tmp_path, options, show_progress=False)
+    short, long = seen
+    assert len(short) < len(long) == 4 and short[-1] == long[-1] not in (*short[:-1], *long[:-1])
 
 
 @pytest.mark.parametrize(

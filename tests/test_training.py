@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import SMALL, SMALL_IMAGE, SMALL_ROTARY, small_model
+from torch.distributions import Normal, kl_divergence
 from training_data import write_latents
 
 from nova.conditioning import Conditioning
@@ -13,7 +15,14 @@ from nova.errors import InputError
 from nova.guidance import Guidance
 from nova.objective import TrainingDraws, training_losses
 from nova.schedule import DDPMConfig, FlowMatchConfig
-from nova.training import DivergenceError, TrainingOptions, new_model
+from nova.training import (
+    DivergenceError,
+    TrainingOptions,
+    VAETrainingOptions,
+    new_model,
+    new_vae,
+    speed,
+)
 from nova.training.activation_checkpointing import activation_checkpointing
 from nova.training.divergence import LossWatch
 from nova.training.ema import EMA
@@ -22,6 +31,8 @@ from nova.training.options import OPTIMIZERS
 from nova.training.parameters import freeze, make_optimizers
 from nova.training.samples import StepSampler, TrainingSamples, collate, load_batches
 from nova.training.schedule import draw_mask_ratio, learning_rate
+from nova.training.vae_loop import VAEObjective
+from nova.vae import VAEConfig
 
 FLOW = FlowMatchConfig()
 SMALL_CLASS = replace(SMALL_IMAGE, text_token_dim=None, text_token_len=None)
@@ -347,6 +358,48 @@ def test_training_on_a_cpu_leaves_the_gpu_alone(data, monkeypatch):
         for device in ("cpu", "cuda")
     }
     assert pinned == {"cpu": False, "cuda": True}
+
+
+# A VAE's objective -----------------------------------------------------------------------------
+
+
+def test_losses_of_a_vae():
+    vae, generator = new_vae(VAEConfig.tiny()), torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 5, 16, 24, generator=generator) * 2 - 1
+    mean, logvar = vae.encode_moments(pixels)
+    noise = torch.randn(mean.shape, generator=generator)
+    posterior = Normal(mean, (logvar / 2).exp())
+    output = vae.decode_unscaled(posterior.mean + posterior.stddev * noise)
+    error = output - pixels
+    edges = [error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]]
+    expected = {
+        "l1": error.abs().mean(),
+        "mse": error.square().mean(),
+        "edge": sum(edge.abs().mean() for edge in edges),
+        "kl": kl_divergence(posterior, Normal(0, 1)).sum() / pixels.numel(),
+    }
+    expected["loss"] = sum(
+        weight * expected[name] for name, weight in (("l1", 1), ("mse", 2), ("edge", 3), ("kl", 4))
+    )
+    # The range from -1 to 1 is 2 wide; what is shown is cut to it.
+    shown = (output.clamp(-1, 1) - pixels).square().mean()
+    expected["psnr"] = 20 * torch.log10(2 / shown.sqrt())
+    weights = {"mse_weight": 2, "edge_weight": 3, "kl_weight": 4}
+    losses = VAEObjective(vae, VAETrainingOptions(out="unused", **weights))(pixels, noise)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+
+
+# Speed -----------------------------------------------------------------------------------------
+
+
+def test_rate_of_work_without_what_is_left_out(monkeypatch):
+    times = iter((10.0, 14.0, 15.0, 20.0, 22.0))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    stopwatch = speed.Stopwatch()
+    assert stopwatch.rate(8) == 2.0
+    assert stopwatch.rate(8) == 8.0
+    stopwatch.skip()
+    assert stopwatch.rate(8) == 4.0
 
 
 # Bad input ------------------------------------------------------------------------------------

@@ -237,6 +237,8 @@ def test_all_candidates_of_a_model_compute_the_same(steps):
         schedule = FlowMatchConfig().schedule(3)
         step = MiddleStep(model, schedule, guidance, set_sizes(16, steps), 2)
         assert step.set_size > 0
+        widths = [step.run(stage).shape[-1] for stage in (Stage.IMAGE_ENCODER, Stage.DENOISE)]
+        assert widths == [model.config.image_encoder.embed_dim, model.config.token_dim]
         for choice in choices_of(model, CPU):
             choice.set(choice.candidates[0])
             expected = step.run(choice.stage)
