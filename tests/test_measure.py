@@ -1,4 +1,4 @@
-"""benchmarks/measure.py: which machine and which code a result is of."""
+"""benchmarks/measure.py: which code a result is of."""
 
 import subprocess
 
@@ -10,8 +10,9 @@ import pytest
 def repository(tmp_path, monkeypatch):
     """A repository of one commit with one file, in place of this one."""
     (tmp_path / "file").write_text("first")
-    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    for arguments in (("init",), ("add", "file"), (*identity, "commit", "-m", "first")):
+    settings = ("user.name=a", "user.email=a@example.org", "commit.gpgsign=false")
+    options = [part for setting in settings for part in ("-c", setting)]
+    for arguments in (("init",), ("add", "file"), (*options, "commit", "-m", "first")):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.delenv("NOVA_COMMIT", raising=False)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
