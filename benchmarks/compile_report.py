@@ -47,9 +47,9 @@ def _compile(index: int, architecture: int) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled kernel: spills where it matters, too much shared memory."""
+    """What is wrong with a compiled kernel: spills where they cost, too much shared memory."""
     found = []
-    if row["real"] and row["spills"]:
+    if row["real"] and row["costly_spills"]:
         found.append(f"{row['spills']} bytes spilled")
     if row["shared_memory"] > row["limit"]:
         found.append(f"{row['shared_memory']} bytes of shared memory, {row['limit']} allowed")

@@ -271,7 +271,10 @@ def main() -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     facts, failed = machine(device), False
     if arguments.compile_report:
-        rows = compile_rows(arguments.op)
+        try:
+            rows = compile_rows(arguments.op)
+        except BackendError as error:
+            parser.error(str(error))
         print_compile_table(rows)
         failed = any(faults(row) for row in rows)
     elif on_gpu:

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nova_kernels.errors import BackendError
 from nova_kernels.triton_kernels.launch import OPTIONS, Launch
 
 # Limits a multiprocessor, from the CUDA programming guide's table of compute capabilities:
@@ -39,6 +40,7 @@ class Resources:
         kernel, architecture: name, and compute capability times ten.
         registers: a thread.
         spills: bytes a thread that do not fit registers (its stack frame).
+        costly_spills: instructions for them inside of loops; in a kernel without loops, all.
         shared_memory: bytes a block.
         occupancy: share of the warps of a multiprocessor that can be resident.
     """
@@ -47,6 +49,7 @@ class Resources:
     architecture: int
     registers: int
     spills: int
+    costly_spills: int
     shared_memory: int
     occupancy: float
 
@@ -55,20 +58,27 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
     """Compile a launch for compute capability `architecture` / 10.
 
     Raises:
+        BackendError: Triton is older than 3.3, whose compiler is called in another way.
         Exception: of Triton or ptxas, where the kernel does not compile.
     """
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        raise BackendError(
+            f"compiling ahead of time needs Triton 3.3 or newer, this is {triton.__version__}"
+        )
     compiled = triton.compile(
         _source(launch),
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS},
     )
-    usage = _resource_usage(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage = _resource_usage(_listing(cubin, "cuobjdump", "-res-usage"))
     shared = compiled.metadata.shared
     return Resources(
         kernel=launch.kernel.__name__,
         architecture=architecture,
         registers=usage["REG"],
         spills=usage["STACK"],
+        costly_spills=costly_spills(_listing(cubin, "nvdisasm", "-c")) if usage["STACK"] else 0,
         shared_memory=shared,
         occupancy=_occupancy(architecture, usage["REG"], launch.num_warps, shared),
     )
@@ -103,15 +113,41 @@ def _type_of(value: object) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _listing(cubin: bytes, tool: str, option: str) -> str:
+    """What one of the tools that come with Triton says of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        listing = subprocess.run(
-            [tool, "-res-usage", file], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [path, option, file], capture_output=True, text=True, check=True
         ).stdout
+
+
+def _resource_usage(listing: str) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", listing)}
+
+
+def costly_spills(listing: str) -> int:
+    """Reads and writes of the stack inside of loops; in a kernel without loops, all of them.
+
+    For more blocks a multiprocessor ptxas keeps to fewer registers than a thread may have, and
+    puts on the stack what only the lines before and after a loop need: that costs nothing.
+
+    Args:
+        listing: of `nvdisasm -c`.
+    """
+    labels, jumps, spills = {}, [], []
+    for number, line in enumerate(listing.splitlines()):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = number
+        elif jump := re.search(r"\bBRA\b.*?(\.L_\w+)", line):
+            jumps.append((number, jump[1]))
+        elif re.search(r"\b(LDL|STL)\b", line):
+            spills.append(number)
+    # Every kernel ends with a jump to itself.
+    loops = [(labels[name], end) for end, name in jumps if labels[name] < end - 1]
+    return sum(not loops or any(begin < at < end for begin, end in loops) for at in spills)
 
 
 def _occupancy(architecture: int, registers: int, num_warps: int, shared: int) -> float:

@@ -38,7 +38,7 @@ class CompileCase:
     Attributes:
         op, case: names; the case says shape and dtype.
         launch: planned on the meta device.
-        real: whether a shape of real use has it; then it must not spill.
+        real: whether a shape of real use has it; then its loops must not spill.
     """
 
     op: str
