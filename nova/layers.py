@@ -134,7 +134,8 @@ class Attention(nn.Module):
 def is_altered(module: nn.Module) -> bool:
     """Whether somebody listens to a module's calls, or has replaced its `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    # Not vars(module), which torch.compile of torch 2.8 and older does not trace.
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

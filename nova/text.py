@@ -7,7 +7,7 @@ along is never run.
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -249,25 +249,36 @@ def _load_model(
                 f"the weights in {folder} are pickle files (.bin), which can carry code. Use "
                 "safetensors, or pass allow_pickle=True if you trust their source."
             )
-    with _third_party_errors(transformers, folder, "download its weights and config.json again"):
-        model, report = transformers.AutoModel.from_pretrained(
-            str(folder),
-            dtype="auto" if torch_dtype is None else torch_dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=None if allow_pickle else True,
-            ignore_mismatched_sizes=True,  # they are in the report, and an error below
-            output_loading_info=True,
-        )
+    advice = "download its weights and config.json again"
+    try:
+        with _third_party_errors(transformers, folder, advice):
+            model, report = transformers.AutoModel.from_pretrained(
+                str(folder),
+                dtype="auto" if torch_dtype is None else torch_dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=None if allow_pickle else True,
+                ignore_mismatched_sizes=True,  # they are in the report, and an error below
+                output_loading_info=True,
+            )
+    except CheckpointError:
+        # Before version 5 integers are errors that do not say so.
+        _check_file_dtypes(folder, lambda name: name.endswith((".weight", ".bias")))
+        raise
+    parameters = {name for name, _ in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."  # in files of a model with a language-modelling head
+    _check_file_dtypes(folder, lambda name: name.removeprefix(prefix) in parameters)
     _check_loaded(folder, model, report)
-    _check_file_dtypes(folder, model)
     return model
 
 
 def _check_loaded(folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
     """Refuse parameters that transformers left at random values, and broken ones."""
     missing = sorted(report["missing_keys"])
-    misshaped = sorted(entry[0] for entry in report["mismatched_keys"])
+    # With their shapes, or before version 5 of transformers names alone.
+    misshaped = sorted(
+        entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]
+    )
     broken = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
     problems = {
         "missing from the weights": missing,
@@ -283,17 +294,14 @@ def _check_loaded(folder: Path, model: nn.Module, report: Mapping[str, Any]) -> 
             )
 
 
-def _check_file_dtypes(folder: Path, model: nn.Module) -> None:
+def _check_file_dtypes(folder: Path, is_parameter: Callable[[str], bool]) -> None:
     """Refuse quantised parameters: transformers casts their integers to numbers of another size.
 
     Buffers, such as position ids, may be integers.
     """
-    parameters = {name for name, _ in model.named_parameters()}
-    prefix = f"{model.base_model_prefix}."  # in files of a model with a language-modelling head
     for file in weight_files(folder, "model", "safetensors"):
         weights = load_safetensors(file)
-        read = {k: value for k, value in weights.items() if k.removeprefix(prefix) in parameters}
-        check_dtypes(read, str(file))
+        check_dtypes({k: value for k, value in weights.items() if is_parameter(k)}, str(file))
 
 
 def _load_tokenizer(transformers: ModuleType, folder: Path) -> Any:

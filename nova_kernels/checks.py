@@ -21,7 +21,7 @@ def common_shape(op: str, **tensors: Tensor) -> torch.Size:
         raise ValueError(f"{op}: tensors need one width, a last axis that is not empty: {shapes}")
     first, *others = shapes.values()
     if all(shape == first for shape in others):
-        return torch.Size(first)  # broadcast_shapes is a loop in Python
+        return next(iter(tensors.values())).shape  # broadcast_shapes is a loop in Python
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError:

@@ -71,7 +71,8 @@ class Op:
         if named == "reference":
             return named
         if named == "auto":
-            return next((name for name in self.usable(*tensors)), "reference")
+            usable = self.usable(*tensors)
+            return usable[0] if usable else "reference"
         reason = self.obstacle(named, *tensors)
         if reason is not None:
             asked = f" ({VARIABLE} asks for it)" if backend == "auto" else ""
@@ -80,7 +81,9 @@ class Op:
 
     def usable(self, *tensors: Tensor) -> list[str]:
         """Verified implementations that can run on these tensors and pay, best first."""
-        device = next((t.device for t in tensors if t.is_cuda), tensors[0].device)
+        # torch.compile of torch 2.8 and older does not trace `next` of a generator.
+        on_gpu = [t.device for t in tensors if t.is_cuda]
+        device = on_gpu[0] if on_gpu else tensors[0].device
         if device.type == "cuda" and not self._pays(*tensors):
             return []
         verified = self.verified_on(device)

@@ -84,8 +84,10 @@ def test_video_roundtrip(tmp_path, suffix):
     assert fps == 12
     assert frames.shape == clip.shape and frames.dtype == np.uint8
     # Half the colour resolution costs this much at the square's edges, and little elsewhere.
-    assert psnr(frames, clip) > 32.5
-    assert psnr(frames[:, :18], clip[:, :18]) > 44
+    # PyAV 17, the last one for Python 3.10, cannot convert colours as accurately.
+    is_accurate = hasattr(av.video.reformatter.Interpolation, "ACCURATE_RND")
+    assert psnr(frames, clip) > (32.5 if is_accurate else 31)
+    assert psnr(frames[:, :18], clip[:, :18]) > (44 if is_accurate else 42)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -380,6 +382,10 @@ def test_other_containers(tmp_path, container, codec):
     assert psnr(frames, clip) > 24
 
 
+@pytest.mark.skipif(
+    not hasattr(av.video.stream.VideoStream, "set_display_rotation"),
+    reason="PyAV 17 cannot write it",
+)
 def test_rotation_is_applied(tmp_path):
     clip = moving_square(3)
     encode_with_av(tmp_path / "turned.mp4", clip, "mp4", "libx264", rotation=90)

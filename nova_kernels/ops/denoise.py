@@ -292,7 +292,7 @@ def _predict(
     # One pass until the first block's vectors, which differ between passes, broadcast it.
     h = F.linear(x, *weights.embed)[None]
     options = {"eps": ADA_NORM_EPS, "add_one": False, "backend": backend}
-    for block, (scale, shift, gate) in zip(weights.blocks, vectors, strict=False):
+    for block, (scale, shift, gate) in zip(weights.blocks, vectors[:-1], strict=True):
         y = scale_shift(h, scale, shift, **options)
         y = F.linear(F.silu(F.linear(y, *block.fc1)), *block.fc2)
         h = residual_norm(h, y, *block.norm, gate=gate, eps=NORM_EPS, backend=backend)
