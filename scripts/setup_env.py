@@ -222,11 +222,23 @@ def install_torch_build(requirement, index):
     return pip_install("--index-url", index, "--retries", "1", "--timeout", "15", *arguments)
 
 
+def numpy_beside(torch):
+    """What the tests ask of NumPy beside a version of torch, as requirements of pip.
+
+    Triton's interpreter, which the tests run kernels in, turns arrays of one number into integers
+    up to Triton 3.6, which torch 2.11 brings along; NumPy refuses that from 2.4 on.
+    """
+    major_minor = tuple(int(number) for number in torch.split(".")[:2])
+    return ["numpy<2.4"] if major_minor < (2, 12) else []
+
+
 def install_project():
     """Installs this checkout, editable, with all it can use and what its tests need."""
     say("installing the project and its test tools")
     # Naming torch once more keeps pip from choosing another version.
-    if not pip_install("--editable", f"{ROOT}[all,test]", f"torch=={installed_torch()}"):
+    torch = installed_torch()
+    requirements = [f"torch=={torch}", *numpy_beside(torch)]
+    if not pip_install("--editable", f"{ROOT}[all,test]", *requirements):
         stop("the project could not be installed; see pip's message above")
 
 

@@ -54,3 +54,17 @@ def test_an_installed_build_is_kept_where_it_runs(present, build, will_do):
 def test_macos_takes_pypi(monkeypatch):
     monkeypatch.setattr(setup_env.sys, "platform", "darwin")
     assert setup_env.torch_build() == ""
+
+
+@pytest.mark.parametrize(
+    "torch, requirements",
+    [
+        ("2.9.1", ["numpy<2.4"]),
+        ("2.11.0+cu126", ["numpy<2.4"]),
+        ("2.12.0", []),
+        ("2.13.0+cpu", []),
+        ("3.0.0", []),
+    ],
+)
+def test_numpy_fits_the_interpreter_of_triton(torch, requirements):
+    assert setup_env.numpy_beside(torch) == requirements
