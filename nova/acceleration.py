@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nova_kernels.autocast import autocast_dtype
 from nova_kernels.dispatch import check_backend
 
 from .checkpoint import load_strict
@@ -50,7 +51,8 @@ def accelerate(
     The transformer's modules are not run. While layers of its encoders or its diffusion MLP are
     wrapped (adapters that are not merged), have forward hooks or a replaced `forward`, calls are
     left to the reference, with a warning. Layers replaced by others with weights of the same names
-    and shapes are not noticed.
+    and shapes are not noticed. Calls under torch.autocast to another dtype than that of the weights
+    are left to the reference too.
 
     Args:
         pipe: the reference's `NOVAPipeline` or `NOVAC2IPipeline`.
@@ -220,6 +222,7 @@ class AcceleratedSampling:
             self.tuning.undo()
             self.tuning = None
         guidance = _guidance(inputs)
+        tokens = inputs["c"].to(self.model.dtype)  # autocast leaves those of norms in float32
         batch, num_frames = inputs["x"].shape[0], inputs.get("max_latent_length", 1)
         given, sizes = inputs["latents"], [int(n) for n in inputs["num_preds"] if n > 0]
         hidden = not (inputs.get("tqdm1", True) or inputs.get("tqdm2", False))
@@ -230,7 +233,7 @@ class AcceleratedSampling:
         with StepProgress(num_new, len(sizes), {"disable": hidden}) as progress:
             frames = generate_frames(
                 self.model,
-                Conditioning(_all_passes(inputs["c"], batch, guidance), batch),
+                Conditioning(_all_passes(tokens, batch, guidance), batch),
                 num_frames=num_frames,
                 set_sizes=sizes,
                 schedule=self.schedule(inputs.get("num_diffusion_steps", 25)),
@@ -260,6 +263,12 @@ class AcceleratedSampling:
             self.share_weights()
         except NovaError as error:
             return str(error)
+        dtype = autocast_dtype(self.model.device)
+        if dtype is not None and dtype != self.model.dtype:
+            return (
+                f"torch.autocast asks for {dtype}, and nova computes in {self.model.dtype}, the "
+                f"dtype of the weights. Convert them: pipe.to({dtype})"
+            )
         return None
 
     def share_weights(self) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nova_kernels.autocast import without_autocast
+
 from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 from .noise import Generators
@@ -138,7 +140,8 @@ class LatentCodec:
             InputError: other shapes, or a batch size below 1.
         """
         encode = self.module.encode_moments if self.is_video else self._image_moments
-        moments = [encode(part) for part in _parts(pixels, batch_size)]
+        with without_autocast(self.module.device):
+            moments = [encode(part) for part in _parts(pixels, batch_size)]
         mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
         latents = sample_latents(mean, logvar, generator) if sample else mean
         return ((latents - self.shift_factor) * self.scaling_factor).to(self.module.dtype)
@@ -158,7 +161,8 @@ class LatentCodec:
             InputError: other shapes, or a batch size below 1.
         """
         decode = self.module.decode if self.is_video else self._decode_images
-        return torch.cat([decode(part).float() for part in _parts(latents, batch_size)])
+        with without_autocast(self.module.device):
+            return torch.cat([decode(part).float() for part in _parts(latents, batch_size)])
 
     def stream(self) -> StreamingDecoder:
         """Decodes latents (B, channels, n, h, w) as they come; see `StreamingDecoder`.
@@ -178,7 +182,7 @@ class LatentCodec:
         batch, _, _, height, width = latents.shape
         factor, channels = self.spatial_factor, self.module.config.out_channels
         shape = (batch, channels, 0, height * factor, width * factor)
-        return torch.empty(shape, device=self.module.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.module.device)
 
     def _image_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         images = _as_images(pixels, self.module.config.in_channels, "pixels")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nova_kernels.autocast import without_autocast
+
 from .errors import InputError
 from .guidance import Guidance
 from .model import DEFAULT_FPS, DEFAULT_MOTION_FLOW, NOVATransformer
@@ -46,10 +48,11 @@ class Conditioning:
             if negative_prompts is None:
                 negative_prompts = model.text_embed.pad([prompts[0, :0]]).expand_as(prompts)
             prompts = torch.cat([prompts, negative_prompts])
-        tokens = model.text_embed(prompts.to(model.device, model.dtype))
-        if guidance.passes == 3:
-            tokens = torch.cat([tokens, tokens[batch:]])
-        return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
+        with without_autocast(model.device):
+            tokens = model.text_embed(prompts.to(model.device, model.dtype))
+            if guidance.passes == 3:
+                tokens = torch.cat([tokens, tokens[batch:]])
+            return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
 
     @classmethod
     def from_labels(
@@ -67,8 +70,9 @@ class Conditioning:
             raise InputError("image_guidance_scale is for text-conditioned models")
         batch = labels.shape[0]
         ids = torch.cat([labels, negative_labels]) if guidance.passes > 1 else labels
-        tokens = model.label_embed(ids.to(model.device))
-        return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
+        with without_autocast(model.device):
+            tokens = model.label_embed(ids.to(model.device))
+            return cls(_with_motion(model, tokens, motion_flow, fps, batch), batch)
 
     def part(self, start: int, stop: int) -> "Conditioning":
         """Of samples start .. stop - 1."""

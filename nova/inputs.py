@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nova_kernels.autocast import autocast_dtype
+
 from .codec import to_pixels
 from .config import ModelConfig
 from .errors import InputError
@@ -23,6 +25,18 @@ VIDEO_STRIDE = 4  # pixel frames of a latent frame, but for the first
 
 class InputWarning(UserWarning):
     """An input was changed to fit: resized, cropped, or shortened."""
+
+
+def note_autocast(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn where torch.autocast asks for another dtype than that of the weights, `dtype`."""
+    wanted = autocast_dtype(device)
+    if wanted is not None and wanted != dtype:
+        warnings.warn(
+            f"torch.autocast to {wanted} is ignored: sampling computes in {dtype}, the dtype of "
+            f"the weights. Convert them: pipe.to({wanted})",
+            InputWarning,
+            stacklevel=4,
+        )
 
 
 def check_prompts(prompt: Any, name: str = "prompt") -> list[str]:
@@ -59,7 +73,7 @@ def check_embeddings(embeds: Any, config: ModelConfig, name: str) -> list[Tensor
     width, length = config.text_token_dim, config.text_token_len
     rows = list(embeds) if isinstance(embeds, Tensor | list | tuple) else []
     try:
-        rows = [torch.as_tensor(row) for row in rows]
+        rows = [row if isinstance(row, Tensor) else _of_numbers(row) for row in rows]
     except (TypeError, ValueError, RuntimeError):  # of what holds no numbers
         rows = []
     if not rows or any(row.dim() != 2 or row.shape[1] != width for row in rows):
@@ -77,6 +91,11 @@ def check_embeddings(embeds: Any, config: ModelConfig, name: str) -> list[Tensor
             stacklevel=3,
         )
     return [row[:length] for row in rows]
+
+
+def _of_numbers(values: Any) -> Tensor:
+    """By NumPy, which keeps all digits of lists: torch would round them to its default dtype."""
+    return torch.from_numpy(np.asarray(values))
 
 
 def padded_prompts(embeds: list[Tensor], text_embed: TextEmbed, per_prompt: int) -> Tensor:
@@ -109,7 +128,7 @@ def class_labels(prompt: Any, negative_prompt: Any, per_prompt: int) -> tuple[Te
     negative = negative * len(labels) if len(negative) == 1 else negative
     if len(negative) != len(labels):
         raise InputError(f"negative_prompt needs one class id, or {len(labels)}")
-    both = (torch.tensor(ids).repeat_interleave(per_prompt) for ids in (labels, negative))
+    both = (_of_numbers(ids).repeat_interleave(per_prompt) for ids in (labels, negative))
     return tuple(both)
 
 

@@ -95,7 +95,7 @@ class NoiseSource:
         for generator in self._generators:
             device = self._device if generator is None else generator.device
             if self._transfer is not None and device.type == "cpu":
-                x = torch.empty(rows, *shape, dtype=self._dtype, pin_memory=True)
+                x = torch.empty(rows, *shape, dtype=self._dtype, device=device, pin_memory=True)
                 draws.append(self._transfer.send(fill(x, generator)))
             else:
                 x = torch.empty(rows, *shape, dtype=self._dtype, device=device)

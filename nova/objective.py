@@ -53,7 +53,7 @@ def training_losses(
     samples = latents.transpose(1, 2).flatten(0, 1)
     z = _encode_masked(model, cond.flatten(0, 1), samples, draws.visible)
     per_token = _diffusion_loss(model, z, samples, draws, scheduler)
-    masked = torch.ones(z.shape[:2], device=z.device)
+    masked = torch.ones(z.shape[:2], dtype=torch.float32, device=z.device)
     masked.scatter_(1, draws.visible.long(), 0.0)
     repeats = len(per_token) // len(z)
     masked = masked.repeat(repeats, 1)

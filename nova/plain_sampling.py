@@ -153,7 +153,7 @@ def _denoise(
         embedded = head.patch_embed(x)
         h = embedded.gather(1, ids.expand(-1, -1, embedded.shape[-1]))
         z_set = z.gather(1, ids.expand(-1, -1, z.shape[-1]))
-        time = torch.full((len(x), 1), timestep, device=x.device)
+        time = torch.full((len(x), 1), timestep, dtype=torch.float32, device=x.device)
         embed = head.time_cond_embed
         condition = F.silu(embed.condition_proj(z_set) + embed.embed_timesteps(time))
         for block in head.blocks:

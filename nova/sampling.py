@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nova_kernels.autocast import without_autocast
+
 from .conditioning import Conditioning
 from .denoising import NoisyTokens, SetNoise
 from .engine import SamplingGraphs
@@ -75,6 +77,8 @@ def generate_frames(
         graphs: replay the video encoder and the steps of the set loop from CUDA graphs, which are
             recorded into it.
 
+    Everything is computed in the model's dtype; torch.autocast has no effect.
+
     Yields:
         (B, channels, h, w) latents of every generated frame.
 
@@ -85,10 +89,10 @@ def generate_frames(
     history = _given_frames(model, conditioning, given_latents, num_frames)
     if window < 1 or (window < 2 and num_frames > 1):
         raise InputError(f"context_frames must be at least 2, got {context_frames}")
-    with torch.inference_mode():
-        head = PreparedHead(
-            model.image_decoder, torch.tensor(schedule.timesteps, device=model.device)
-        )
+    device = model.device
+    with torch.inference_mode(), without_autocast(device):
+        timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
+        head = PreparedHead(model.image_decoder, timesteps)
         blocks = packed_blocks(model.image_encoder.blocks)
         steps = SetSteps(model, head, schedule, guidance, blocks)
         if graphs is None:
@@ -99,7 +103,7 @@ def generate_frames(
         order: TokenOrder | None = None
     with closing(context):
         while len(history) < num_frames:
-            with torch.inference_mode():
+            with torch.inference_mode(), without_autocast(device):
                 if context.num_seen in (0, window):
                     is_full = len(history) >= window
                     cond = context.start(history[-(window // 2) :] if is_full else history)

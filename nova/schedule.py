@@ -12,6 +12,9 @@ from torch import Tensor
 from .errors import ConfigError, InputError
 from .numeric import is_finite_number, whole_number
 
+# Of tables, whatever torch's defaults are: those of the weights may be set by the caller.
+_FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
+
 
 def set_sizes(num_tokens: int, num_steps: int) -> list[int]:
     """Tokens revealed by every autoregressive step: a cosine schedule; empty steps are left out.
@@ -71,7 +74,7 @@ class FlowMatchConfig:
         steps = [b - a for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)]
         return DiffusionSchedule(
             # float32, as the reference has them: guidance_trunc compares with these.
-            timesteps=tuple((torch.tensor(sigmas) * self.num_train_timesteps).tolist()),
+            timesteps=tuple((torch.tensor(sigmas, **_FLOAT32) * self.num_train_timesteps).tolist()),
             sample=(1.0,) * num_steps,
             prediction=tuple(steps),
             noise=(0.0,) * num_steps,
@@ -79,7 +82,7 @@ class FlowMatchConfig:
 
     def training_tables(self) -> tuple[Tensor, Tensor]:
         """Timestep and sigma (num_train_timesteps,) float32, descending, as training draws them."""
-        grid = torch.arange(self.num_train_timesteps, 0, -1) / self.num_train_timesteps
+        grid = torch.arange(self.num_train_timesteps, 0, -1, **_FLOAT32) / self.num_train_timesteps
         sigmas = _shifted(grid, self.shift)
         return sigmas * self.num_train_timesteps, sigmas
 
@@ -146,16 +149,17 @@ class DDPMConfig:
     def _betas(self) -> Tensor:
         count, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
-            return torch.tensor(self.trained_betas, dtype=torch.float32)
+            return torch.tensor(self.trained_betas, **_FLOAT32)
         if self.beta_schedule == "linear":
-            return torch.linspace(start, end, count)
+            return torch.linspace(start, end, count, **_FLOAT32)
         if self.beta_schedule == "scaled_linear":
-            return torch.linspace(start**0.5, end**0.5, count) ** 2
+            return torch.linspace(start**0.5, end**0.5, count, **_FLOAT32) ** 2
         if self.beta_schedule == "sigmoid":
-            return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+            return torch.sigmoid(torch.linspace(-6, 6, count, **_FLOAT32)) * (end - start) + start
         # Cosine schedule of Nichol & Dhariwal (arXiv 2102.09672), betas capped at 0.999.
         bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)])
+        betas = [min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)]
+        return torch.tensor(betas, **_FLOAT32)
 
     def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
         """The table of `num_steps` steps.

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nova_kernels.autocast import without_autocast
+
 from .checkpoint import (
     check_dtypes,
     load_safetensors,
@@ -188,16 +190,17 @@ class TextEncoder:
         # Padding on the right: with causal attention no real token ever sees it, whichever id it
         # has, and real tokens keep positions 0, 1, ...
         length = max(len(ids) for ids in tokens)
-        input_ids = torch.zeros(len(tokens), length, dtype=torch.long)
-        attention_mask = torch.zeros(len(tokens), length, dtype=torch.long)
+        input_ids = torch.zeros(len(tokens), length, dtype=torch.long, device="cpu")
+        attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(tokens):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
+            input_ids[row, : len(ids)] = torch.tensor(ids, device="cpu")
             attention_mask[row, : len(ids)] = 1
-        hidden = self.module(
-            input_ids=input_ids.to(self.device),
-            attention_mask=attention_mask.to(self.device),
-            use_cache=False,
-        ).last_hidden_state
+        with without_autocast(self.device):
+            hidden = self.module(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                use_cache=False,
+            ).last_hidden_state
         # Copies, so that a short prompt does not keep the padded batch alive.
         hidden = [hidden[row, : len(ids)].clone() for row, ids in enumerate(tokens)]
         if not all(bool(states.isfinite().all()) for states in hidden):

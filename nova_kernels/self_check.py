@@ -52,7 +52,7 @@ def self_checks() -> Iterator[SelfCheck]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     rows, vector = (5, 33, 192), (5, 1, 192)
     yield SelfCheck(
@@ -149,8 +149,9 @@ def largest_error(check: SelfCheck, backend: str, device: str, dtype: torch.dtyp
     pairs = [(result, exact)]
     if check.has_gradient:
         # Random ones: a norm's gradient of constant ones is zero but for rounding.
-        grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
-        grad = grad.to(device, dtype)
+        generator = torch.Generator().manual_seed(1)
+        options = {"dtype": torch.float32, "device": "cpu"}
+        grad = torch.randn(exact.shape, generator=generator, **options).to(device, dtype)
         gradients = torch.autograd.grad(result, leaves, grad)
         exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
         pairs += zip(gradients, exact_gradients, strict=True)

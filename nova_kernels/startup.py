@@ -18,7 +18,7 @@ def _start_triton(device: torch.device) -> None:
     """Compile and launch a small kernel, for which Triton needs a C compiler."""
     from nova_kernels.triton_kernels.linear_gelu import plan
 
-    x = torch.zeros(1, device=device)
+    x = torch.zeros(1, dtype=torch.float32, device=device)
     plan(x, x).run()
 
 

@@ -346,6 +346,22 @@ def test_tune_by_the_clock(pipe, dtype):
     assert (frames_of(pipe) - exact).abs().max() < 2e-3 + 3 * rounding
 
 
+def test_autocast_is_off_while_it_measures(pipe, monkeypatch):
+    """As it is in the calls to come."""
+    states = []
+    run = MiddleStep.run
+
+    def watched(step, stage):
+        states.append(torch.is_autocast_enabled("cpu"))
+        return run(step, stage)
+
+    monkeypatch.setattr(MiddleStep, "run", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        nova.tune(pipe, **FAST)
+        assert torch.is_autocast_enabled("cpu")
+    assert states and not any(states)
+
+
 @pytest.mark.gpu
 def test_tune_by_replays_of_graphs(pipe):
     pipe.to("cuda").enable_cuda_graphs()

@@ -54,7 +54,7 @@ class MiddleStep:
             noise, order, self._start, self._stop, config.latent_shape, config.patch_size
         )
         self._drawn = SetNoise.draw(noisy, schedule, guidance)
-        self._timesteps = torch.tensor(schedule.timesteps, device=device)
+        self._timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
 
     @property
     def set_size(self) -> int:

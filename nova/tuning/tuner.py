@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nova_kernels.autocast import without_autocast
+
 from .. import __version__
 from ..devices import free_memory, out_of_memory
 from ..engine import SamplingGraphs
@@ -167,7 +169,8 @@ def tune_sampler(
     record = None if measure_again else load_record(facts)
     if record is None:
         try:
-            with out_of_memory("tuning", "a smaller batch_size"):
+            # As calls are sampled: generate_frames.
+            with out_of_memory("tuning", "a smaller batch_size"), without_autocast(model.device):
                 trial = _try_unproven(run, choices, facts["cuda_graphs"])
                 record = _measure_all(run, choices, facts, trial)
         except BaseException:

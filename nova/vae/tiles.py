@@ -77,7 +77,7 @@ def blend_tiles(
     height, width = x.shape[3] // in_step, x.shape[4] // in_step
     out_size = (height * out_step, width * out_step)
     overlap = (tiling.overlap[0] * out_step, tiling.overlap[1] * out_step)
-    total, weights = None, torch.zeros(out_size, device=x.device)
+    total, weights = None, torch.zeros(out_size, dtype=torch.float32, device=x.device)
     for rows in _spans(height, tiling.tile[0], tiling.overlap[0]):
         for columns in _spans(width, tiling.tile[1], tiling.overlap[1]):
             result = run(x[..., _times(rows, in_step), _times(columns, in_step)])
@@ -107,8 +107,9 @@ def _times(span: slice, step: int) -> slice:
 
 def _weights(span: slice, length: int, overlap: int, device: torch.device) -> Tensor:
     """Weights of a tile along one side: rising and falling lines where others overlap it."""
-    weights = torch.ones(span.stop - span.start, device=device)
-    rising = (torch.arange(overlap, device=device) + 0.5) / max(overlap, 1)
+    options = {"dtype": torch.float32, "device": device}
+    weights = torch.ones(span.stop - span.start, **options)
+    rising = (torch.arange(overlap, **options) + 0.5) / max(overlap, 1)
     if overlap and span.start > 0:
         weights[:overlap] = rising
     if overlap and span.stop < length:

@@ -19,7 +19,6 @@ as the operator `torch.ops.nova_kernels.denoise`; of a sequence it sees the part
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import ModuleType
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nova_kernels.autocast import without_autocast
 from nova_kernels.checks import require_shape
 from nova_kernels.dispatch import (
     OTHERWISE,
@@ -50,8 +50,6 @@ NORM_EPS = 1e-5
 MODULATION_BUDGET = 256 * 2**20
 # What a launch of the CUDA kernel takes (csrc/arguments.h).
 MAX_STEPS_PER_LAUNCH = 64
-# Asked once: torch.compile cannot trace the question in torch 2.11.
-HAVE_AUTOCAST = {name for name in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(name)}
 # Implementations that take all steps at once, where they take a call.
 WHOLE_LOOPS = ("cuda", "cpp")
 
@@ -139,7 +137,8 @@ def denoise(
             None if outside is None else outside.noise,
             named,
         )
-    with _without_autocast(x):
+    # Products of autocast's dtype would fit neither the tokens nor what kernels read.
+    with without_autocast(x.device):
         whole_loop = _whole_loop(chosen, x, condition, weights, steps, noise, outside)
         return _all_steps(
             x,
@@ -231,14 +230,6 @@ def _all_steps(
                 if evolving is not None and count > 1:
                     evolving.step(d, factor)
     return x
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """Products of autocast's dtype would fit neither the tokens nor what kernels read."""
-    device = x.device.type
-    if device in HAVE_AUTOCAST and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _whole_loop(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nova_kernels.autocast import autocast_dtype
 from nova_kernels.checks import common_shape
 from nova_kernels.dispatch import (
     Op,
@@ -63,8 +64,8 @@ def frame_scale_shift(
     if chosen == "reference":
         return reference(*tensors)
     projecting = (current.expand(shape), down, up, bias)
-    if torch.is_autocast_enabled(current.device.type):
-        dtype = torch.get_autocast_dtype(current.device.type)
+    dtype = autocast_dtype(current.device)
+    if dtype is not None:
         projecting = tuple(tensor.to(dtype) for tensor in projecting)
     tensors = (first.expand(shape), *projecting)
     if through_operator(*tensors):

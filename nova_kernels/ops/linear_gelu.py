@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nova_kernels.autocast import autocast_dtype
 from nova_kernels.dispatch import (
     Op,
     define,
@@ -45,8 +46,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto
     chosen = OP.choose(backend, *tensors)
     if chosen == "reference":
         return reference(*tensors)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         tensors = tuple(tensor.to(dtype) for tensor in tensors)
     if through_operator(*tensors):
         # Gradients are made of what GELU is applied to.
