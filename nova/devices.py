@@ -57,6 +57,18 @@ def check_dtype(dtype: torch.dtype | None, name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def torch_defaults(dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
+    """What is made inside has this dtype and device, unless it says others."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def default_device() -> torch.device:
     """The first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -191,7 +191,7 @@ def draw_training_noise(
     count, token_dim = token_shape
     samples = latents.shape[0] * latents.shape[2]
     options = {"device": latents.device, "generator": generator}
-    order = torch.rand(samples, count, **options).argsort(dim=1)
+    order = torch.rand(samples, count, dtype=torch.float32, **options).argsort(dim=1)
     # The loss is a mean over masked tokens, of which there must be some.
     visible = order[:, : min(round((1 - mask_ratio) * count), count - 1)]
     noise = torch.randn(repeats * samples, count, token_dim, dtype=latents.dtype, **options)
@@ -199,5 +199,6 @@ def draw_training_noise(
     if isinstance(scheduler, DDPMConfig):
         index = torch.randint(table, noise.shape[:2], **options)
     else:
-        index = (torch.randn(noise.shape[:2], **options).sigmoid() * table).long()
+        normal = torch.randn(noise.shape[:2], dtype=torch.float32, **options)
+        index = (normal.sigmoid() * table).long()
     return TrainingDraws(visible, noise, index.clamp_(max=table - 1))

@@ -5,27 +5,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from make_tiny_checkpoint import VAE_CONFIG
 from PIL import Image
 from reference_stand_in import StandInPipeline
 from small_models import SMALL, small_prompts
+from training_data import write_latents
 
 import nova
+from nova.devices import torch_defaults
 from nova.inputs import InputWarning
 from nova.schedule import DDPMConfig, FlowMatchConfig
+from nova.training import TrainingOptions, new_model, new_vae
+from nova.training.samples import TrainingSamples
 from nova.vae.tiles import SpatialTiling, blend_tiles
 from nova_kernels.self_check import largest_error, self_checks
 
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -37,8 +32,8 @@ def autocast():
 
 SETTINGS = {
     "autocast": autocast,
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: torch_defaults(torch.bfloat16, "cpu"),
+    "float64": lambda: torch_defaults(torch.float64, "cpu"),
     # Whatever is made on the default device in place of the model's has no values here.
     "device": lambda: torch.device("meta"),
 }
@@ -104,7 +99,7 @@ def test_embeddings_given_as_lists(setting, tiny_image_folder):
 
 def test_opened_with_another_default_dtype(tiny_video_folder):
     pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
-    with default_dtype(torch.bfloat16):
+    with torch_defaults(torch.bfloat16, "cpu"):
         opened = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
     assert opened.dtype == torch.float32
     assert all(map(torch.equal, call(opened, "a red circle"), call(pipe, "a red circle")))
@@ -126,6 +121,22 @@ def test_blended_tiles(setting):
     x = torch.randn(1, 2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     tiling = SpatialTiling((8, 8), (3, 3))
     assert_unchanged(setting, lambda: [blend_tiles(x, lambda tile: 2 * tile, tiling, 1, 1)])
+
+
+def test_fresh_weights(setting):
+    assert_unchanged(setting, lambda: new_model(SMALL).state_dict().values())
+    assert_unchanged(setting, lambda: new_vae(VAE_CONFIG).state_dict().values())
+
+
+@pytest.mark.parametrize("scheduler", [DDPMConfig(), FlowMatchConfig()])
+@pytest.mark.parametrize("name", ["autocast", "bfloat16", "float64"])
+def test_samples_of_training(scheduler, name, tmp_path):
+    data = write_latents(tmp_path)
+
+    def first_sample():
+        return TrainingSamples(data, SMALL, scheduler, TrainingOptions(out=tmp_path))[0, 0].values()
+
+    assert_unchanged(SETTINGS[name], first_sample)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float64", "device"])

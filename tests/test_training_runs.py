@@ -686,6 +686,18 @@ def test_a_fine_tuned_model_keeps_its_recommendations(tiny_video_folder, tmp_pat
     assert found.generation_config == recommended
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_in_half_precision_are_not_trained(tmp_path, data, precision):
+    """Even where mixed precision would run with them."""
+    out, message = tmp_path / "run", "training keeps weights in float32, and these are .*bfloat16"
+    model, vae = new_model(SMALL).bfloat16(), new_vae(VAE_CONFIG).bfloat16()
+    with pytest.raises(InputError, match=message):
+        train(model, FLOW, data, TrainingOptions(out=out, precision=precision))
+    with pytest.raises(InputError, match=message):
+        train_vae(vae, GradientSource(4), VAETrainingOptions(out=out, precision=precision))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("start", [run, run_vae])
 def test_a_folder_that_cannot_be_made(tmp_path, data, start):
     (tmp_path / "file").write_text("")

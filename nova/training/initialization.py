@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
+from ..devices import torch_defaults
 from ..head import Modulation
 from ..layers import Attention
 from ..model import NOVATransformer
@@ -16,7 +17,7 @@ NARROW_LOGVAR = -4.0  # a standard deviation of 0.14, beside means of about 1
 
 
 def new_model(config: ModelConfig, seed: int = 0) -> NOVATransformer:
-    """A float32 model with fresh weights; torch's global generator stays as it is.
+    """A float32 model on the CPU with fresh weights; torch's global generator stays as it is.
 
     Linear and patch layers are Xavier-uniform with zero biases, but queries, keys and values start
     small: the norms come after attention, what goes into it grows from block to block, and with
@@ -24,7 +25,7 @@ def new_model(config: ModelConfig, seed: int = 0) -> NOVATransformer:
     projections of the adaptive norms and the last layer are zero (as in DiT, arXiv 2212.09748): the
     diffusion MLP starts by predicting zero, with identity blocks. So is the null prompt.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch_defaults(torch.float32, "cpu"):
         torch.manual_seed(seed)
         model = NOVATransformer(config)
         for module in model.modules():
@@ -47,12 +48,12 @@ def new_model(config: ModelConfig, seed: int = 0) -> NOVATransformer:
 
 
 def new_vae(config: VAEConfig, seed: int = 0) -> CausalVideoVAE:
-    """A float32 VAE with fresh weights; torch's global generator stays as it is.
+    """A float32 VAE on the CPU with fresh weights; torch's global generator stays as it is.
 
     Normal weights that keep the variance of their input, zero biases. Residual branches start at
     zero, and the posterior narrow, so that from the first step pixels pass through to the decoder.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch_defaults(torch.float32, "cpu"):
         torch.manual_seed(seed)
         vae = CausalVideoVAE(config)
         for module in vae.modules():

@@ -16,7 +16,7 @@ from .checkpoints import FrozenParts
 from .engine import Engine, make_accelerator
 from .objective import NOVAObjective
 from .options import TrainingOptions
-from .parameters import freeze
+from .parameters import check_float32, freeze
 from .run import OnStep, Weights, find_resumed, read_position, run_steps
 from .samples import StepSampler, TrainingSamples, collate, load_batches
 from .sheets import SheetConditions, load_codec, write_sample_sheet
@@ -50,12 +50,14 @@ def train(
         The last checkpoint's folder.
 
     Raises:
-        InputError: data and model do not fit, the batch cannot be split, `out` has checkpoints
-            already and `resume` was not asked for, or the resumed run had another scheduler.
+        InputError: the model is not float32, data and model do not fit, the batch cannot be split,
+            `out` has checkpoints already and `resume` was not asked for, or the resumed run had
+            another scheduler.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """
+    check_float32(model)
     accelerator = make_accelerator(options)
     samples = TrainingSamples(data, model.config, scheduler, options)
     resumed = find_resumed(options, _FIXED)

@@ -4,9 +4,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import DependencyError
+from ..errors import DependencyError, InputError
 from ..model import NOVATransformer
 from .options import RunOptions
+
+
+def check_float32(module: nn.Module) -> None:
+    """Raises InputError for weights of another dtype: small updates would be rounded away."""
+    others = {p.dtype for p in module.parameters()} - {torch.float32}
+    if others:
+        raise InputError(
+            f"training keeps weights in float32, and these are {others.pop()}: open the checkpoint "
+            'with torch_dtype=torch.float32. TrainingOptions(precision="bfloat16") computes in it'
+        )
 
 
 def freeze(

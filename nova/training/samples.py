@@ -66,7 +66,9 @@ class TrainingSamples(Dataset):
         generator = keyed_generator(options.seed, _SAMPLE, position)
         sample = self.data[self.order[position]]
         latents = self.data.draw_latents(sample, generator)
-        dropped = torch.rand((), generator=generator).item() < options.prompt_dropout
+        dropped = (
+            torch.rand((), generator=generator, dtype=torch.float32).item() < options.prompt_dropout
+        )
         draws = draw_training_noise(
             latents[None],
             (config.num_image_tokens, config.token_dim),
@@ -81,8 +83,8 @@ class TrainingSamples(Dataset):
             "visible": draws.visible,
             "noise": draws.noise.unflatten(0, (-1, frames)),
             "timestep_index": draws.timestep_index.unflatten(0, (-1, frames)),
-            "motion_flow": torch.tensor(sample.motion_flow),
-            "fps": torch.tensor(sample.fps),
+            "motion_flow": torch.tensor(sample.motion_flow, dtype=torch.float32),
+            "fps": torch.tensor(sample.fps, dtype=torch.float32),
         }
         if sample.text is None:
             label = NULL_CLASS if dropped else sample.label

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import shared_file_mode
 from ..data.seeds import keyed_generator
+from ..devices import torch_defaults
 from ..errors import CheckpointError, DependencyError, InputError
 from .output_folder import make_output_folder
 from .text_objectives import LabelObjective, NextTokenObjective
@@ -165,7 +166,7 @@ def make_text_encoder(
         eos_token_id=end,
     )
     sizes = config.hidden_size, config.vocab_size
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch_defaults(torch.float32, "cpu"):
         torch.manual_seed(options.seed)
         model = PhiModel(config)
         if labels is None:

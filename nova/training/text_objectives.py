@@ -56,7 +56,9 @@ class LabelObjective(nn.Module):
 
     def forward(self, hidden: Tensor, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         """rows (B,): which captions these are."""
-        hidden = hidden + _NOISE * torch.randn(hidden.shape, generator=self._generator)
+        hidden = hidden + _NOISE * torch.randn(
+            hidden.shape, generator=self._generator, dtype=hidden.dtype
+        )
         labels = self.labels[rows]
         last = hidden[torch.arange(len(rows)), lengths - 1]
         real = torch.arange(ids.shape[1]) < lengths[:, None]

@@ -17,6 +17,7 @@ from ..media import compare_clips, to_uint8, write_image
 from ..vae import CausalVideoVAE, VAEConfig
 from .engine import Engine, make_accelerator
 from .options import VAETrainingOptions
+from .parameters import check_float32
 from .run import OnStep, Weights, find_resumed, read_position, run_steps
 from .samples import StepSampler, load_batches
 from .state import load_training_state
@@ -50,12 +51,13 @@ def train_vae(
         The last checkpoint's folder.
 
     Raises:
-        InputError: the clips do not fit the VAE, the batch cannot be split, or `out` has
-            checkpoints already and `resume` was not asked for.
+        InputError: the VAE is not float32, the clips do not fit it, the batch cannot be split, or
+            `out` has checkpoints already and `resume` was not asked for.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """
+    check_float32(vae)
     accelerator = make_accelerator(options)
     clips = ClipSamples(source, vae.config, options.seed, options.crop)
     resumed = find_resumed(options, _FIXED)
@@ -155,7 +157,7 @@ class ClipSamples(Dataset):
     def __getitem__(self, step_and_position: tuple[int, int]) -> dict[str, Tensor]:
         _, position = step_and_position
         generator = keyed_generator(self._seed, _NOISE, position)
-        noise = torch.randn(self._latent_shape, generator=generator)
+        noise = torch.randn(self._latent_shape, generator=generator, dtype=torch.float32)
         pixels = self._pixels(position)
         if self._crop is not None:
             pixels = detailed_crop(pixels, self._crop, keyed_generator(self._seed, _CROP, position))

@@ -8,6 +8,7 @@ import torch
 
 from nova_kernels.isolation import answers_to_parent
 
+from ..devices import torch_defaults
 from ..graph_recording import CUDARecorder
 from ..model import NOVATransformer
 from .choices import Stage, choices_of
@@ -41,14 +42,9 @@ def main() -> None:
 
 def _random_model(run: TrialRun, device: torch.device) -> NOVATransformer:
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
     # At once: memory may not suffice for the weights in float32.
-    torch.set_default_dtype(getattr(torch, run.dtype))
-    try:
-        with device:
-            return NOVATransformer(run.config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    with torch_defaults(getattr(torch, run.dtype), device):
+        return NOVATransformer(run.config).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
