@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nova_kernels.autocast import autocast_dtype
+from nova_kernels.openmp import gives_all_threads
 
 from .codec import to_pixels
 from .config import ModelConfig
@@ -27,13 +28,20 @@ class InputWarning(UserWarning):
     """An input was changed to fit: resized, cropped, or shortened."""
 
 
-def note_autocast(device: torch.device, dtype: torch.dtype) -> None:
-    """Warn where torch.autocast asks for another dtype than that of the weights, `dtype`."""
+def note_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn where the dtype of the weights is not what torch.autocast asks for, or goes wrong."""
     wanted = autocast_dtype(device)
     if wanted is not None and wanted != dtype:
         warnings.warn(
             f"torch.autocast to {wanted} is ignored: sampling computes in {dtype}, the dtype of "
             f"the weights. Convert them: pipe.to({wanted})",
+            InputWarning,
+            stacklevel=4,
+        )
+    if device.type == "cpu" and dtype.itemsize < 4 and not gives_all_threads():
+        warnings.warn(
+            "OMP_DYNAMIC or OMP_THREAD_LIMIT gives torch fewer threads than it asks for, and its "
+            f"products in {dtype} may go wrong then. Unset it, or use torch.float32",
             InputWarning,
             stacklevel=4,
         )

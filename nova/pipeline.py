@@ -354,7 +354,7 @@ class NOVAPipeline:
                 'this pipeline has no VAE: ask for output_type="latent", or open a checkpoint that '
                 "has vae/"
             )
-        inputs.note_autocast(self.device, self.dtype)
+        inputs.note_dtype(self.device, self.dtype)
         schedule = self.scheduler.schedule(request.num_diffusion_steps, request.flow_shift)
         sizes = set_sizes(self.config.num_image_tokens, request.num_inference_steps)
         conditioning = self._condition(request)

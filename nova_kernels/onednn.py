@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nova_kernels.openmp import gives_all_threads
+
 # Half precision, and what oneDNN calls it.
 _HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PLAIN, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none" of GELU: not the tanh form
@@ -44,7 +46,12 @@ def can_pack(weight: Tensor) -> bool:
 
 @cache
 def multiplies_faster() -> bool:
-    """Whether oneDNN's products in float32 are faster than those of MKL, or torch has no MKL."""
+    """Whether oneDNN's products in float32 are faster than those of MKL, or torch has no MKL.
+
+    And right: they are not where OpenMP gives fewer threads than torch asks for.
+    """
+    if not gives_all_threads():
+        return False
     with_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return with_avx512 or not torch.backends.mkl.is_available()
 

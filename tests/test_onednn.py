@@ -1,6 +1,9 @@
 """Linear layers and convolutions by oneDNN."""
 
 import copy
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -152,15 +155,17 @@ def test_whose_convolutions_are_computed(monkeypatch, has_half):
 
 
 @pytest.mark.parametrize(
-    "capability, has_mkl, expected",
+    "capability, has_mkl, threads, expected",
     [
-        ("AVX512", True, True),
-        ("AVX2", True, False),
-        ("DEFAULT", True, False),
-        ("AVX2", False, True),
+        ("AVX512", True, True, True),
+        ("AVX512", True, False, False),
+        ("AVX2", True, True, False),
+        ("DEFAULT", True, True, False),
+        ("AVX2", False, True, True),
     ],
 )
-def test_whose_products_are_faster(monkeypatch, capability, has_mkl, expected):
+def test_whose_products_are_faster(monkeypatch, capability, has_mkl, threads, expected):
+    monkeypatch.setattr(onednn, "gives_all_threads", lambda: threads)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
     assert onednn.multiplies_faster.__wrapped__() == expected
@@ -189,6 +194,33 @@ def test_what_is_not_usable(monkeypatch):
     monkeypatch.setattr(onednn, "_has", lambda dtype: True)
     assert not onednn.can_pack(half) and not onednn.is_usable(half)
     assert not onednn.is_usable(half.bfloat16())
+
+
+PRODUCTS = """
+import torch
+from nova_kernels import onednn
+from nova_kernels.openmp import gives_all_threads
+
+torch.set_num_threads(4)
+x, weight = torch.randn(512, 1024), torch.randn(1024, 1024)
+expected = x.double() @ weight.double().T
+for _ in range(3):
+    product = onednn.linear(x, weight, torch.zeros(1024))
+    assert (product - expected).norm() < 1e-5 * expected.norm()
+print(gives_all_threads())
+"""
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "variables", [{}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "TRUE", "OMP_THREAD_LIMIT": "2"}]
+)
+def test_with_fewer_threads_than_torch_asks_for(variables):
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", PRODUCTS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(not variables)
 
 
 def test_torchs_switch_turns_it_off(monkeypatch):

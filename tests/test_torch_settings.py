@@ -12,6 +12,7 @@ from small_models import SMALL, small_prompts
 from training_data import write_latents
 
 import nova
+from nova import inputs
 from nova.devices import torch_defaults
 from nova.inputs import InputWarning
 from nova.schedule import DDPMConfig, FlowMatchConfig
@@ -158,6 +159,17 @@ def test_autocast_to_another_dtype_is_told(tiny_image_folder):
     pipe.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
+        call(pipe, "a red circle")
+
+
+def test_half_precision_with_too_few_threads_is_told(tiny_image_folder, monkeypatch):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_image_folder)
+    monkeypatch.setattr(inputs, "gives_all_threads", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(pipe, "a red circle")
+    pipe.to(torch.bfloat16)
+    with pytest.warns(InputWarning, match=r"OMP_THREAD_LIMIT .* Unset it, or use torch.float32"):
         call(pipe, "a red circle")
 
 

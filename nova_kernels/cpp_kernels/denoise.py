@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from nova_kernels import onednn
 from nova_kernels.cpp_kernels.extension import extension
-from nova_kernels.cpp_kernels.openmp import openmp_parallel
 from nova_kernels.head_weights import HeadWeights, Linear
+from nova_kernels.openmp import openmp_parallel
 from nova_kernels.ops.denoise import Outside
 from nova_kernels.ops.diffusion_step import StepCoefficients
 
