@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nova_kernels.autocast import autocast_dtype
 from nova_kernels.dispatch import check_backend
 
 from .checkpoint import load_strict
@@ -26,6 +25,7 @@ from .config import ModelConfig
 from .engine import SamplingGraphs
 from .errors import InputError, NovaError
 from .guidance import Guidance
+from .inputs import note_dtype
 from .layers import is_altered
 from .model import NOVATransformer
 from .noise import NoiseSource
@@ -51,8 +51,8 @@ def accelerate(
     The transformer's modules are not run. While layers of its encoders or its diffusion MLP are
     wrapped (adapters that are not merged), have forward hooks or a replaced `forward`, calls are
     left to the reference, with a warning. Layers replaced by others with weights of the same names
-    and shapes are not noticed. Calls under torch.autocast to another dtype than that of the weights
-    are left to the reference too.
+    and shapes are not noticed. Under torch.autocast, where the reference fails unless its weights
+    are of the same dtype, the dtype of the weights decides.
 
     Args:
         pipe: the reference's `NOVAPipeline` or `NOVAC2IPipeline`.
@@ -217,6 +217,7 @@ class AcceleratedSampling:
                 stacklevel=2,
             )
             return self._original(inputs)
+        note_dtype(self.model.device, self.model.dtype)
         if self.tuning is not None and not self.tuning.fits(self.model):
             # The reference's pipeline was moved or converted.
             self.tuning.undo()
@@ -263,12 +264,6 @@ class AcceleratedSampling:
             self.share_weights()
         except NovaError as error:
             return str(error)
-        dtype = autocast_dtype(self.model.device)
-        if dtype is not None and dtype != self.model.dtype:
-            return (
-                f"torch.autocast asks for {dtype}, and nova computes in {self.model.dtype}, the "
-                f"dtype of the weights. Convert them: pipe.to({dtype})"
-            )
         return None
 
     def share_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""What a caller has set in torch (autocast, default dtype and device) does not change a video."""
+"""torch.autocast and torch's default dtype and device do not change a video."""
 
 import warnings
 from contextlib import contextmanager
@@ -189,12 +189,13 @@ def test_accelerated_in_the_dtype_of_autocast():
     torch.testing.assert_close(frames, expected, rtol=0.1, atol=0.1)
 
 
-def test_the_reference_keeps_what_autocast_makes_smaller(monkeypatch):
+def test_accelerated_in_the_dtype_of_the_weights():
+    prompts = small_prompts(SMALL, 2)
     pipe = nova.accelerate(StandInPipeline())
-    left = []
-    monkeypatch.setattr(pipe.transformer.generate_video, "_original", left.append)
-    message = r"autocast asks for torch.bfloat16, and nova computes in torch.float32, .* pipe.to"
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match=message):
-        pipe.transformer.generate_video({"c": None})
-    assert left == [{"c": None}]
-    assert "torch.autocast" in nova.report(pipe).left_to_reference
+    expected = pipe(prompts, **OF_REFERENCE).frames
+    message = r"sampling computes in torch.float32, .* pipe.to\(torch.bfloat16\)"
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(InputWarning, match=message):
+        frames = pipe(prompts, **OF_REFERENCE).frames
+    assert pipe.transformer.calls == 0 and frames.dtype == torch.float32
+    # The prompts are embedded by the reference, under autocast.
+    torch.testing.assert_close(frames, expected, rtol=0.1, atol=0.1)
