@@ -6,12 +6,12 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nova_kernels import residual_norm, scale_shift
+from nova_kernels import scale_shift
 from nova_kernels.head_weights import BlockWeights, HeadWeights, with_unit_scale
 from nova_kernels.ops.denoise import ADA_NORM_EPS
 
 from .errors import InputError
-from .layers import PatchEmbed, is_altered, is_plain
+from .layers import PatchEmbed, add_normed, is_altered, is_plain
 from .positions import timestep_features
 
 
@@ -66,8 +66,7 @@ class DiffusionBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         scale, shift, gate = self.norm1.proj(z).chunk(3, dim=-1)
         h = scale_shift(x, scale, shift, eps=ADA_NORM_EPS, backend=self.backend)
-        affine = self.norm2.weight, self.norm2.bias
-        return residual_norm(x, self.proj(h), *affine, gate=gate, backend=self.backend)
+        return add_normed(x, self.proj(h), self.norm2, gate=gate, backend=self.backend)
 
 
 class DiffusionMLP(nn.Module):
@@ -181,5 +180,5 @@ def _passed_over(module: nn.Module) -> InputError:
     return InputError(
         "the denoise loop reads the weights of the diffusion MLP's layers, and one of its modules, "
         f"of type {type(module).__name__}, does more than its weights tell: merge adapters into "
-        "the weights, and remove hooks"
+        "the weights, remove hooks, and leave these layers out of quantisation"
     )

@@ -105,6 +105,8 @@ class Attention(nn.Module):
         if queries is None:
             q, k, v = self._heads(self.qkv(x), 3)
             query_rotary = rotary
+        elif not is_plain(self.qkv):
+            (q, _, _), (_, k, v) = (self._heads(self.qkv(tokens), 3) for tokens in (queries, x))
         else:
             dim = x.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -138,8 +140,8 @@ def is_altered(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a layer is torch's `kind` with a bias, and nobody replaced a part of it or listens.
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear, *, has_bias: bool = True) -> bool:
+    """Whether a layer is torch's `kind`, and nobody replaced a part of it or listens.
 
     Only of such layers may weight and bias be used past the layer itself: adapters, quantised
     weights and hooks would be passed over.
@@ -147,7 +149,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return (
         type(layer) is kind
         and type(layer.weight) in (Tensor, nn.Parameter)
-        and layer.bias is not None
+        and (layer.bias is not None) == has_bias
         and not is_altered(layer)
     )
 
@@ -180,6 +182,17 @@ class Mlp(nn.Module):
             # In place: on a CPU a tensor of this size costs as much as its arithmetic.
             return self.fc2(torch.ops.aten.gelu_(hidden) if is_sampling else F.gelu(hidden))
         return self.fc2(linear_gelu(*tensors, backend=self.backend))
+
+
+def add_normed(
+    x: Tensor, branch: Tensor, norm: nn.LayerNorm, *, gate: Tensor | None = None, backend: str
+) -> Tensor:
+    """x + gate * norm(branch), by the op unless the layer does more than its weights tell."""
+    if is_plain(norm, nn.LayerNorm):
+        affine = norm.weight, norm.bias
+        return residual_norm(x, branch, *affine, gate=gate, backend=backend)
+    normed = norm(branch)
+    return x + (normed if gate is None else gate * normed)
 
 
 class Block(nn.Module):
@@ -220,7 +233,7 @@ class Block(nn.Module):
         return self._add_normed(x, self.mlp(x), self.norm2)
 
     def _add_normed(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return residual_norm(x, branch, norm.weight, norm.bias, backend=self.backend)
+        return add_normed(x, branch, norm, backend=self.backend)
 
 
 class PatchEmbed(nn.Module):
@@ -228,6 +241,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, image_dim: int, embed_dim: int, patch_size: int):
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(image_dim, embed_dim, patch_size, patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -240,6 +254,10 @@ class PatchEmbed(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """(..., token_dim) tokens of `patchify` -> (..., embed_dim)."""
+        if not is_plain(self.proj, nn.Conv2d):
+            side = self.patch_size
+            patches = unpatchify(tokens.reshape(-1, 1, tokens.shape[-1]), side, (side, side))
+            return self.proj(patches).reshape(*tokens.shape[:-1], -1)
         return F.linear(tokens, self.token_weight(), self.proj.bias)
 
 

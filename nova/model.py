@@ -16,7 +16,7 @@ from nova_kernels.dispatch import OTHERWISE, check_backend
 
 from .config import EncoderConfig, ModelConfig
 from .head import DiffusionMLP
-from .layers import Block, KeyValueCache, PatchEmbed, Rotary
+from .layers import Block, KeyValueCache, PatchEmbed, Rotary, is_plain
 from .positions import frame_times, rotary_angles, sincos_1d, sincos_2d
 
 NUM_CLASSES = 1000
@@ -124,10 +124,10 @@ class Mixer(nn.Module):
 
     def forward(self, first: Tensor, current: Tensor) -> Tensor:
         """first * (1 + scale(current)) + shift(current); both (..., dim), broadcast."""
-        if isinstance(self.lora, nn.Linear):
+        if is_plain(self.lora, has_bias=False) and is_plain(self.proj):
             weights = self.lora.weight, self.proj.weight, self.proj.bias
             return frame_scale_shift(first, current, *weights, backend=self.backend)
-        scale, shift = self.proj(F.silu(current)).chunk(2, dim=-1)
+        scale, shift = self.proj(self.lora(F.silu(current))).chunk(2, dim=-1)
         return first * (1 + scale) + shift
 
 

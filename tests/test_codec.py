@@ -366,3 +366,12 @@ def test_without_diffusers(tmp_path, monkeypatch, codec):
         LatentCodec.load(tmp_path)
     codec.save(tmp_path / "video")
     assert LatentCodec.load(tmp_path / "video").is_video
+
+
+def test_decoding_is_compiled(codec):
+    """As pipelines' users do; what torch.compile cannot trace is left out."""
+    latents = latents_of(1, 4, 3, 4, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(codec.module.decode, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(latents), codec.decode(latents), rtol=1e-4, atol=1e-4)

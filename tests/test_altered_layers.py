@@ -1,0 +1,94 @@
+"""Layers that do more than their weights tell, by adapters or hooks, are run, not passed over."""
+
+import pytest
+import torch
+from small_models import SMALL, SMALL_IMAGE, sample, small_model
+from torch import nn
+
+from nova.plain_sampling import generate_frames_plain
+from nova.sampling import generate_frames
+
+LAYERS = nn.Linear, nn.Conv2d, nn.LayerNorm
+
+
+def factors(size):
+    return torch.linspace(0.5, 2, size)  # not one for all, which the norms would take away again
+
+
+def scaled(output, layer):
+    """The features that a layer puts out, each times its factor."""
+    channels = 1 if isinstance(layer, nn.Conv2d) else -1
+    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+    return output * factors(output.shape[channels]).view(shape)
+
+
+class Scaling(nn.Module):
+    """An adapter that offers the weights of what it wraps, as those of PEFT do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return scaled(self.base(x), self.base)
+
+
+def wrap(model, name):
+    model.set_submodule(name, Scaling(model.get_submodule(name)))
+
+
+def hook(model, name):
+    model.get_submodule(name).register_forward_hook(lambda layer, _, output: scaled(output, layer))
+
+
+def merge(model, name):
+    """What both of these do, in the weights."""
+    for parameter in model.get_submodule(name).parameters():
+        shape = (-1, *(1,) * (parameter.dim() - 1))
+        parameter.data.mul_(factors(len(parameter)).view(shape))
+
+
+def names_of(parts):
+    modules = small_model(SMALL).named_modules()
+    return [name for name, m in modules if name.startswith(parts) and isinstance(m, LAYERS)]
+
+
+@pytest.mark.parametrize("sampler", [generate_frames, generate_frames_plain])
+@pytest.mark.parametrize("alter", [wrap, hook])
+@pytest.mark.parametrize("name", names_of(("video_encoder.", "image_encoder.")))
+def test_encoders(name, alter, sampler):
+    altered, merged = small_model(SMALL), small_model(SMALL)
+    alter(altered, name)
+    merge(merged, name)
+    expected = sample(merged, batch=1)
+    assert (sample(small_model(SMALL), batch=1) - expected).abs().max() > 2e-3  # it matters
+    torch.testing.assert_close(sample(altered, sampler, batch=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alter", [wrap, hook])
+def test_mixers_of_full_rank(alter):
+    altered, merged = small_model(SMALL_IMAGE), small_model(SMALL_IMAGE)
+    alter(altered, "video_encoder.mixer.proj")
+    merge(merged, "video_encoder.mixer.proj")
+    features = torch.randn(2, 1, 3, 64)
+    torch.testing.assert_close(altered.mix(*features), merged.mix(*features))
+
+
+@pytest.mark.parametrize("alter", [wrap, hook])
+@pytest.mark.parametrize("name", names_of("image_decoder."))
+def test_the_diffusion_mlp_in_training(name, alter):
+    altered, merged = small_model(SMALL), small_model(SMALL)
+    alter(altered, name)
+    merge(merged, name)
+    tokens, cond = torch.randn(2, 5, SMALL.token_dim), torch.randn(2, 5, 64)
+    timesteps = torch.tensor([[10.0], [700.0]])
+    result, expected = (m.image_decoder(tokens, timesteps, cond) for m in (altered, merged))
+    torch.testing.assert_close(result, expected)
