@@ -25,7 +25,7 @@ VIDEO_STRIDE = 4  # pixel frames of a latent frame, but for the first
 
 
 class InputWarning(UserWarning):
-    """An input was changed to fit: resized, cropped, or shortened."""
+    """An input was changed to fit (resized, cropped), or a setting of torch has no effect."""
 
 
 def note_dtype(device: torch.device, dtype: torch.dtype) -> None:

@@ -39,8 +39,8 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone, for an x that has its earlier frames in front."""
         to_torch = torch.is_grad_enabled() or requested("auto") != "auto"
-        to_torch = to_torch or torch.compiler.is_compiling()  # which cannot trace the other
-        if to_torch or not onednn.is_usable(self.weight):
+        # torch.compile cannot trace the other.
+        if to_torch or torch.compiler.is_compiling() or not onednn.is_usable(self.weight):
             return super().forward(x)
         return onednn.conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
