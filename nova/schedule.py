@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import ConfigError, InputError
 from .numeric import is_finite_number, whole_number
 
-# Of tables, whatever torch's defaults are: those of the weights may be set by the caller.
+# Of tables: a caller may have made another dtype and device torch's defaults.
 _FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
 
 

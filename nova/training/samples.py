@@ -66,9 +66,8 @@ class TrainingSamples(Dataset):
         generator = keyed_generator(options.seed, _SAMPLE, position)
         sample = self.data[self.order[position]]
         latents = self.data.draw_latents(sample, generator)
-        dropped = (
-            torch.rand((), generator=generator, dtype=torch.float32).item() < options.prompt_dropout
-        )
+        chance = torch.rand((), generator=generator, dtype=torch.float32).item()
+        dropped = chance < options.prompt_dropout
         draws = draw_training_noise(
             latents[None],
             (config.num_image_tokens, config.token_dim),
