@@ -64,6 +64,8 @@ def generate_frames(
 ) -> Iterator[Tensor]:
     """Generate the frames of a batch of clips, one after the other.
 
+    Everything is computed in the model's dtype; torch.autocast has no effect.
+
     Args:
         num_frames: latent frames in all, given ones included.
         given_latents: (B, channels, K, h, w) frames to go on from, K < num_frames; they pass
@@ -76,8 +78,6 @@ def generate_frames(
             of the frame so far (B, channels, h, w).
         graphs: replay the video encoder and the steps of the set loop from CUDA graphs, which are
             recorded into it.
-
-    Everything is computed in the model's dtype; torch.autocast has no effect.
 
     Yields:
         (B, channels, h, w) latents of every generated frame.

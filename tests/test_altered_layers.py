@@ -18,9 +18,9 @@ def factors(size):
 
 def scaled(output, layer):
     """The features that a layer puts out, each times its factor."""
-    channels = 1 if isinstance(layer, nn.Conv2d) else -1
-    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-    return output * factors(output.shape[channels]).view(shape)
+    if isinstance(layer, nn.Conv2d):
+        return output * factors(output.shape[1]).view(-1, 1, 1)
+    return output * factors(output.shape[-1])
 
 
 class Scaling(nn.Module):
