@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nova_kernels.dispatch import check_backend
 
+from .altered_layers import is_altered, named_weights, uncompiled
 from .checkpoint import load_strict
 from .conditioning import Conditioning
 from .config import ModelConfig
@@ -26,7 +27,6 @@ from .engine import SamplingGraphs
 from .errors import InputError, NovaError
 from .guidance import Guidance
 from .inputs import note_dtype
-from .layers import is_altered
 from .model import NOVATransformer
 from .noise import NoiseSource
 from .sampling import generate_frames
@@ -210,13 +210,18 @@ class AcceleratedSampling:
         Args:
             inputs: of the pipeline's call; "c" holds the embedded prompts (passes * B, P, E).
         """
-        self.left_to_reference = self._obstacle(inputs)
-        if self.left_to_reference is not None:
-            warnings.warn(
-                f"this call samples as before nova.accelerate: {self.left_to_reference}",
-                stacklevel=2,
-            )
-            return self._original(inputs)
+        self._find_obstacle(inputs)
+        if self.left_to_reference is None:
+            self._sample(inputs)
+            return
+        warnings.warn(
+            f"this call samples as before nova.accelerate: {self.left_to_reference}", stacklevel=2
+        )
+        self._original(inputs)
+
+    # A transformer that is compiled as a whole would have all loops below it traced.
+    @torch.compiler.disable
+    def _sample(self, inputs: dict[str, Any]) -> None:
         note_dtype(self.model.device, self.model.dtype)
         if self.tuning is not None and not self.tuning.fits(self.model):
             # The reference's pipeline was moved or converted.
@@ -229,7 +234,7 @@ class AcceleratedSampling:
         hidden = not (inputs.get("tqdm1", True) or inputs.get("tqdm2", False))
         graphs = self.graphs if self.model.device.type == "cuda" else None
         if given and num_frames == 1:
-            return None
+            return
         num_new = num_frames - bool(given)
         with StepProgress(num_new, len(sizes), {"disable": hidden}) as progress:
             frames = generate_frames(
@@ -253,18 +258,20 @@ class AcceleratedSampling:
                 graphs=graphs,
             )
             given.extend(frames)
-        return None
 
-    def _obstacle(self, inputs: dict[str, Any]) -> str | None:
+    @torch.compiler.disable
+    def _find_obstacle(self, inputs: dict[str, Any]) -> None:
+        """Take over the weights, and set `left_to_reference`."""
+        self.left_to_reference = None
         if inputs.get("spatiotemporal_guidance_scale", 0):
-            return "spatiotemporal_guidance_scale is not in this package"
+            self.left_to_reference = "spatiotemporal_guidance_scale is not in this package"
+            return
         try:
             self.schedule(inputs.get("num_diffusion_steps", 25))
             _guidance(inputs)
             self.share_weights()
         except NovaError as error:
-            return str(error)
-        return None
+            self.left_to_reference = str(error)
 
     def share_weights(self) -> None:
         """Take the reference's tensors as they are now: others may have been put there since.
@@ -273,7 +280,7 @@ class AcceleratedSampling:
             InputError: there are others under other names or of other shapes, or layers with hooks
                 or a forward of their own. The model would not compute what the reference does.
         """
-        tensors = self._transformer.state_dict(keep_vars=True)
+        tensors = named_weights(self._transformer)
         changed = _shapes(self.model.state_dict()).items() ^ _shapes(tensors).items()
         if changed:
             raise InputError(
@@ -299,6 +306,8 @@ class AcceleratedSampling:
 
 def _reference_transformer(pipe: Any) -> nn.Module:
     transformer = getattr(pipe, "transformer", None)
+    if isinstance(transformer, nn.Module):
+        transformer = uncompiled(transformer)
     wanted = ("config", "sample_scheduler", METHOD)
     missing = [name for name in wanted if not hasattr(transformer, name)]
     if not isinstance(transformer, nn.Module) or missing:
@@ -320,9 +329,11 @@ def _shared_model(transformer: nn.Module) -> NOVATransformer:
     config = ModelConfig.from_dict(dict(transformer.config))
     with torch.device("meta"):
         model = NOVATransformer(config)
+    tensors = named_weights(transformer)
     # For its checks alone: it copies some tensors, and sets requires_grad.
-    load_strict(model, transformer.state_dict(), f"the {type(transformer).__name__}")
-    _share(model, transformer.state_dict(keep_vars=True))
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    load_strict(model, detached, f"the {type(transformer).__name__}")
+    _share(model, tensors)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """One interface over the video VAE of this package and the SD / SDXL image VAE of diffusers."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nova_kernels.autocast import without_autocast
 
+from .altered_layers import uncompiled, weights_to_save
 from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 from .noise import Generators
@@ -84,19 +85,35 @@ class LatentCodec:
         return self
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write config.json and safetensors weights, so that `load` opens them again."""
+        """Write config.json and safetensors weights, so that `load` opens them again.
+
+        Raises:
+            CheckpointError: see `weights_to_save`; the disk is full.
+        """
+        weights = self.weights_to_save()
         config = self.module.config
         if self.is_video:
             # The reference's name, so that it opens the folder too.
             config = {"_class_name": VIDEO_CLASSES[0], **config.to_dict()}
         else:
             config = {"_class_name": IMAGE_CLASS, **_plain(config)}
-        save_state_dict(self.module.state_dict(), folder)
+        save_state_dict(weights, folder)
         write_json(Path(folder) / "config.json", config)
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """The weights by the names that files have.
+
+        Raises:
+            CheckpointError: layers were wrapped, replaced or quantised.
+        """
+        config = self.module.config
+        with torch.device("meta"):
+            fresh = CausalVideoVAE(config) if self.is_video else _image_vae(config)
+        return weights_to_save(self.module, fresh, "the VAE")
 
     @property
     def is_video(self) -> bool:
-        return isinstance(self.module, CausalVideoVAE)
+        return isinstance(uncompiled(self.module), CausalVideoVAE)
 
     @property
     def latent_channels(self) -> int:
@@ -231,7 +248,7 @@ def _like(given: Tensor, images: Tensor) -> Tensor:
     return images[:, :, None] if given.dim() == 5 else images
 
 
-def _image_vae(config: dict[str, Any]) -> nn.Module:
+def _image_vae(config: Mapping[str, Any]) -> nn.Module:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .altered_layers import uncompiled, weights_to_save
 from .checkpoint import (
     expand_home,
     load_state_dict,
@@ -82,12 +83,22 @@ def save_parts(
     vae: LatentCodec | None,
     text_encoder: TextEncoder | None,
 ) -> None:
-    """Write a folder that `load_parts` opens, in the layout of the released ones."""
+    """Write a folder that `load_parts` opens, in the layout of the released ones.
+
+    Raises:
+        CheckpointError: a part has layers that no folder could hold; nothing is written then.
+    """
     folder = expand_home(folder)
+    with torch.device("meta"):
+        fresh = NOVATransformer(transformer.config)
+    weights = weights_to_save(transformer, fresh, "the transformer")
+    for part in (vae, text_encoder):
+        if part is not None:
+            part.weights_to_save()
     scheduler_config = scheduler_to_dict(scheduler)
     config = {"_class_name": "NOVATransformer3DModel", **transformer.config.to_dict()}
     write_json(folder / "transformer" / "config.json", config)
-    save_state_dict(transformer.state_dict(), folder / "transformer")
+    save_state_dict(weights, folder / "transformer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index: dict[str, Any] = {
         "_class_name": "NOVAPipeline",
@@ -96,10 +107,10 @@ def save_parts(
     }
     if vae is not None:
         vae.save(folder / "vae")
-        index["vae"] = ["nova", type(vae.module).__name__]
+        index["vae"] = ["nova", type(uncompiled(vae.module)).__name__]
     if text_encoder is not None:
         text_encoder.save(folder / "text_encoder", folder / "tokenizer")
-        index["text_encoder"] = ["transformers", type(text_encoder.module).__name__]
+        index["text_encoder"] = ["transformers", type(uncompiled(text_encoder.module)).__name__]
         index["tokenizer"] = ["transformers", type(text_encoder.tokenizer).__name__]
     # Last: a folder with an index is complete.
     write_json(folder / "model_index.json", index)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nova_kernels.dispatch import requested
 
+from .altered_layers import is_altered
 from .graph_recording import Recorder, RecordingError
-from .layers import is_altered
 from .model import NOVATransformer
 
 Recorded = TypeVar("Recorded", bound=Sized)

@@ -10,8 +10,9 @@ from nova_kernels import scale_shift
 from nova_kernels.head_weights import BlockWeights, HeadWeights, with_unit_scale
 from nova_kernels.ops.denoise import ADA_NORM_EPS
 
+from .altered_layers import is_altered, is_plain
 from .errors import InputError
-from .layers import PatchEmbed, add_normed, is_altered, is_plain
+from .layers import PatchEmbed, add_normed
 from .positions import timestep_features
 
 

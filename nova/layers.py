@@ -10,6 +10,7 @@ from nova_kernels import block_causal_attention, linear_gelu, residual_norm, rot
 from nova_kernels.dispatch import through_operator
 from nova_kernels.ops.linear_gelu import OP as LINEAR_GELU
 
+from .altered_layers import is_plain
 from .libraries import TORCH
 from .libraries import linear_gelu as gelu_libraries
 from .libraries.attention import attend
@@ -131,27 +132,6 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(batch, tokens, parts * dim) -> parts of (batch, heads, tokens, head_dim)."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, or has replaced its `forward`."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    # Not vars(module), which torch.compile of torch 2.8 and older does not trace.
-    return bool(hooks) or "forward" in module.__dict__
-
-
-def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear, *, has_bias: bool = True) -> bool:
-    """Whether a layer is torch's `kind`, and nobody replaced a part of it or listens.
-
-    Only of such layers may weight and bias be used past the layer itself: adapters, quantised
-    weights and hooks would be passed over.
-    """
-    return (
-        type(layer) is kind
-        and type(layer.weight) in (Tensor, nn.Parameter)
-        and (layer.bias is not None) == has_bias
-        and not is_altered(layer)
-    )
 
 
 class Mlp(nn.Module):

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from nova_kernels import frame_scale_shift
 from nova_kernels.dispatch import OTHERWISE, check_backend
 
+from .altered_layers import is_plain
 from .config import EncoderConfig, ModelConfig
 from .head import DiffusionMLP
-from .layers import Block, KeyValueCache, PatchEmbed, Rotary, is_plain
+from .layers import Block, KeyValueCache, PatchEmbed, Rotary
 from .positions import frame_times, rotary_angles, sincos_1d, sincos_2d
 
 NUM_CLASSES = 1000

@@ -9,7 +9,8 @@ from nova_kernels import onednn
 from nova_kernels.dispatch import requested
 from nova_kernels.onednn import PackedLinear
 
-from .layers import Attention, Block, Mlp, is_altered, is_plain
+from .altered_layers import is_altered, is_plain
+from .layers import Attention, Block, Mlp
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

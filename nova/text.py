@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nova_kernels.autocast import without_autocast
 
+from .altered_layers import uncompiled, weights_to_save
 from .checkpoint import (
     check_dtypes,
     load_safetensors,
@@ -143,16 +144,31 @@ class TextEncoder:
         return [embeddings[prompt] for prompt in prompts]
 
     def save(self, text_encoder_dir: str | os.PathLike, tokenizer_dir: str | os.PathLike) -> None:
-        """Write both folders, weights as safetensors, so that `from_folders` opens them again."""
+        """Write both folders, weights as safetensors, so that `from_folders` opens them again.
+
+        Raises:
+            CheckpointError: see `weights_to_save`; the disk is full.
+        """
+        weights = self.weights_to_save()
         try:
             for folder in (Path(text_encoder_dir), Path(tokenizer_dir)):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.module.save_pretrained(text_encoder_dir)
+            uncompiled(self.module).save_pretrained(text_encoder_dir, state_dict=weights)
             self.tokenizer.save_pretrained(tokenizer_dir)
             for path in Path(text_encoder_dir).glob("*.safetensors"):
                 path.chmod(shared_file_mode())
         except (OSError, SafetensorError) as error:  # a full disk is the latter
             raise CheckpointError(f"the text encoder cannot be saved: {error}.") from error
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """The weights by the names that files have.
+
+        Raises:
+            CheckpointError: layers were wrapped, replaced or quantised.
+        """
+        with torch.device("meta"):
+            fresh = _transformers().AutoModel.from_config(self.module.config)
+        return weights_to_save(self.module, fresh, "the text encoder")
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
         """Return one list of token ids a prompt, at most max_length long."""

@@ -1,10 +1,13 @@
 """Layers that do more than their weights tell, by adapters or hooks, are run, not passed over."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from small_models import SMALL, SMALL_IMAGE, sample, small_model
 from torch import nn
 
+import nova
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 
@@ -99,3 +102,30 @@ def test_the_diffusion_mlp_in_training(name, alter):
     timesteps = torch.tensor([[10.0], [700.0]])
     result, expected = (m.image_decoder(tokens, timesteps, cond) for m in (altered, merged))
     torch.testing.assert_close(result, expected)
+
+
+class Quantised(torch.Tensor):
+    """Weights of a kind of their own, as torchao's are."""
+
+
+def quantise(model, name):
+    layer = model.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Quantised), requires_grad=False)
+
+
+PARTS = {
+    "the transformer": ("transformer", "image_encoder.blocks.0.attn.qkv"),
+    "the VAE": ("vae.module", "decoder.mid_block.resnets.0.conv1"),
+    "the text encoder": ("text_encoder.module", "layers.0.mlp.fc1"),
+}
+
+
+@pytest.mark.parametrize("alter", [wrap, quantise])
+@pytest.mark.parametrize("part", PARTS)
+def test_folders_that_would_not_open_are_not_written(part, alter, tiny_video_folder, tmp_path):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    module, name = PARTS[part]
+    alter(attrgetter(module)(pipe), name)
+    with pytest.raises(nova.CheckpointError, match=f"^{part} has layers .*{name}.*Merge adapters"):
+        pipe.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..altered_layers import named_weights
 from ..checkpoint import save_state_dict, write_json
 from ..codec import LatentCodec, to_pixels
 from ..errors import CheckpointError, InputError, NovaError
@@ -159,7 +160,7 @@ def _differ(recorded: Any, given: Any) -> bool:
 def fingerprint(module: nn.Module) -> str:
     """A short text that differs between weights that differ."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in named_weights(module).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()}".encode())
     return digest.hexdigest()[:16]
 
