@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import Repeated
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import nova
 from nova.config import named_config
@@ -21,6 +24,7 @@ from nova.inputs import InputWarning
 from nova.model import NOVATransformer
 from nova.schedule import FlowMatchConfig
 from nova.text import PromptTruncationWarning
+from nova.vae import framewise
 
 PROMPT = "a red circle moving right"
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
@@ -423,6 +427,27 @@ def test_dtype_and_device_moves(tiny_video_folder):
     assert frames.shape == (1, 9, 64, 96, 3)
     pipe.to(torch.float32, text_encoder=False)
     assert pipe.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """No operation gives float64, as on MPS; the message is torch's there."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return result
+
+
+def test_devices_without_float64(tiny_video_folder, monkeypatch):
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    pipe.vae.module.memory_budget = 0
+    options = {"image": picture(), "output_type": "pt", "guidance_renorm": 0.5}
+    expected = pipe(PROMPT, generator=seeded(0), **options, **FAST).frames
+    monkeypatch.setattr(framewise, "_has_float64", lambda device: False)
+    with WithoutFloat64():
+        frames = pipe(PROMPT, generator=seeded(0), **options, **FAST).frames
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
 
 
 def test_offload_gives_the_same(tiny_video_folder, pipe):

@@ -161,7 +161,9 @@ def fingerprint(module: nn.Module) -> str:
     """A short text that differs between weights that differ."""
     digest = hashlib.sha256()
     for name, tensor in named_weights(module).items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()}".encode())
+        # On the CPU: MPS has no float64, and other devices add up in another order.
+        total = tensor.detach().cpu().double().sum().item()
+        digest.update(f"{name} {tuple(tensor.shape)} {total}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -153,7 +153,7 @@ class NormSilu:
         variance = variances.mean(dim=2) + means.var(dim=2, correction=0)
         deviation = (variance + norm.eps).sqrt()
         # y = (x - mean) / deviation * weight + bias as one multiplication and one addition.
-        weight, bias = norm.weight.double(), norm.bias.double()
+        weight, bias = _precise(norm.weight), _precise(norm.bias)
         per_group = norm.num_channels // norm.num_groups
         scale = weight / deviation.repeat_interleave(per_group, dim=1)
         shift = bias - means.mean(dim=2).repeat_interleave(per_group, dim=1) * scale
@@ -166,8 +166,16 @@ class NormSilu:
 
 
 def _by_group(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """(B, C, ...) to (B, groups, all else) in float64."""
-    return rows.double().unflatten(1, (norm.num_groups, -1)).flatten(2)
+    """(B, C, ...) to (B, groups, all else), precise."""
+    return _precise(rows).unflatten(1, (norm.num_groups, -1)).flatten(2)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.double() if _has_float64(x.device) else x.float()
+
+
+def _has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
 
 
 class ConvStream:
