@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..altered_layers import uncompiled
 from .layers import (
     CausalConv3d,
     Decoder,
@@ -47,7 +48,7 @@ def decode_framewise(decoder: Decoder, latents: Tensor, budget: float) -> Tensor
     # The smallest tensors of all need no care.
     frames = FrameList(mid_block(conv_in(latents)).split(1, dim=2))
     for stage in stages:
-        run = _res_block if isinstance(stage, ResBlock) else _upsample
+        run = _res_block if isinstance(uncompiled(stage), ResBlock) else _upsample
         frames = run(stage, frames, budget)
     norm = NormSilu(decoder.conv_norm_out, frames.read_all())
     conv = ConvStream(decoder.conv_out)
@@ -69,7 +70,7 @@ def encode_framewise(encoder: Encoder, pixels: Tensor) -> Tensor:
     stages = list(encoder.stages())
     split = [_mixes_frames(stage) for stage in stages].index(True)
     frames = [_run(stages[:split], frame) for frame in pixels.split(1, dim=2)]
-    if isinstance(stages[split], Downsample):
+    if isinstance(uncompiled(stages[split]), Downsample):
         x = _downsample(stages[split], frames)
         split += 1
     else:
