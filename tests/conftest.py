@@ -1,4 +1,4 @@
-"""Shared fixtures: small checkpoint folders, and skipping what needs a GPU."""
+"""Shared fixtures: small checkpoint folders, a fresh compiler; skipping what needs a GPU."""
 
 import os
 import sys
@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled by torch.compile before, nor left behind; its counters begin at zero."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
 
 def _tiny_folder(tmp_path_factory, size):

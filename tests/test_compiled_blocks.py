@@ -15,13 +15,7 @@ from nova.model import NOVATransformer
 from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_ROTARY], ids=["absolute", "rotary"])

@@ -10,6 +10,8 @@ import nova
 from nova.data.encoding import fingerprint
 from nova.vae.layers import Downsample, ResBlock, Upsample
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 PARTS = [
     "transformer",
     "transformer.image_encoder",
@@ -22,14 +24,6 @@ PARTS = [
     "text_encoder.module.layers.0",
 ]
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "max_latent_length": 2}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def compiled(module):
