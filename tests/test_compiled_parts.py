@@ -12,6 +12,10 @@ from nova.vae.layers import Downsample, ResBlock, Upsample
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
+WITH_TRANSFORMERS = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"),
+    reason="transformers 5 asks torch for it when compiled, and torch 2.6 lacks it",
+)
 PARTS = [
     "transformer",
     "transformer.image_encoder",
@@ -20,7 +24,7 @@ PARTS = [
     "transformer.image_decoder.blocks.0",
     "vae.module",
     "vae.module.decoder",
-    "text_encoder.module",
+    pytest.param("text_encoder.module", marks=WITH_TRANSFORMERS),
     "text_encoder.module.layers.0",
 ]
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "max_latent_length": 2}
