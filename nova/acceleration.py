@@ -210,7 +210,7 @@ class AcceleratedSampling:
         Args:
             inputs: of the pipeline's call; "c" holds the embedded prompts (passes * B, P, E).
         """
-        self._find_obstacle(inputs)
+        self.left_to_reference = self._obstacle(inputs)
         if self.left_to_reference is None:
             self._sample(inputs)
             return
@@ -219,7 +219,7 @@ class AcceleratedSampling:
         )
         self._original(inputs)
 
-    # A transformer that is compiled as a whole would have all loops below it traced.
+    # Where the transformer is compiled as a whole, torch would trace all loops from here on.
     @torch.compiler.disable
     def _sample(self, inputs: dict[str, Any]) -> None:
         note_dtype(self.model.device, self.model.dtype)
@@ -260,18 +260,16 @@ class AcceleratedSampling:
             given.extend(frames)
 
     @torch.compiler.disable
-    def _find_obstacle(self, inputs: dict[str, Any]) -> None:
-        """Take over the weights, and set `left_to_reference`."""
-        self.left_to_reference = None
+    def _obstacle(self, inputs: dict[str, Any]) -> str | None:
         if inputs.get("spatiotemporal_guidance_scale", 0):
-            self.left_to_reference = "spatiotemporal_guidance_scale is not in this package"
-            return
+            return "spatiotemporal_guidance_scale is not in this package"
         try:
             self.schedule(inputs.get("num_diffusion_steps", 25))
             _guidance(inputs)
             self.share_weights()
         except NovaError as error:
-            self.left_to_reference = str(error)
+            return str(error)
+        return None
 
     def share_weights(self) -> None:
         """Take the reference's tensors as they are now: others may have been put there since.

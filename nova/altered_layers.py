@@ -13,7 +13,7 @@ _COMPILED = "_orig_mod"
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside of what `torch.compile(module)` returns; any other as it is."""
-    return module._modules.get(_COMPILED) or module
+    return module._modules.get(_COMPILED, module)
 
 
 def is_altered(module: nn.Module) -> bool:

@@ -92,7 +92,7 @@ def save_parts(
     with torch.device("meta"):
         fresh = NOVATransformer(transformer.config)
     weights = weights_to_save(transformer, fresh, "the transformer")
-    for part in (vae, text_encoder):
+    for part in (vae, text_encoder):  # before anything is written
         if part is not None:
             part.weights_to_save()
     scheduler_config = scheduler_to_dict(scheduler)

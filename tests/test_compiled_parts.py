@@ -12,9 +12,9 @@ from nova.vae.layers import Downsample, ResBlock, Upsample
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-WITH_TRANSFORMERS = pytest.mark.skipif(
+needs_is_exporting = pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"),
-    reason="transformers 5 asks torch for it when compiled, and torch 2.6 lacks it",
+    reason="transformers 5 asks torch 2.6 for what it lacks, when compiled",
 )
 PARTS = [
     "transformer",
@@ -24,7 +24,7 @@ PARTS = [
     "transformer.image_decoder.blocks.0",
     "vae.module",
     "vae.module.decoder",
-    pytest.param("text_encoder.module", marks=WITH_TRANSFORMERS),
+    pytest.param("text_encoder.module", marks=needs_is_exporting),
     "text_encoder.module.layers.0",
 ]
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "max_latent_length": 2}
