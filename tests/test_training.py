@@ -226,6 +226,19 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(data):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_activation_checkpointing_leaves_compiled_blocks_as_they_were(data, fresh_compiler):
+    model = trainable()
+    objective, batch = NOVAObjective(model, FLOW), batch_of(data, SMALL, range(2))
+    expected = gradients(objective, batch)
+    for part in (model.video_encoder, model.image_encoder, model.image_decoder):
+        part.blocks[0] = torch.compile(part.blocks[0], backend="eager")
+    with activation_checkpointing(model, 3):
+        inside = gradients(objective, batch)
+    for found in (inside, gradients(objective, batch)):
+        # By order: torch.compile adds to the names.
+        torch.testing.assert_close(list(found.values()), list(expected.values()))
+
+
 def test_mixed_precision_is_close(data):
     objective, batch = NOVAObjective(trainable(), FLOW), batch_of(data, SMALL, range(4))
     exact = objective(**batch)["loss"]

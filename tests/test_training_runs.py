@@ -63,14 +63,18 @@ def data(tmp_path_factory):
     return write_latents(tmp_path_factory.mktemp("latents"))
 
 
-def run(out, data, *, config=SMALL, scheduler=FLOW, parts=None, on_step=None, **values):
-    """Train a fresh model; returns the last checkpoint."""
+def run(
+    out, data, *, config=SMALL, scheduler=FLOW, parts=None, on_step=None, change=None, **values
+):
+    """Train a fresh model, or what `change` makes of it; returns the last checkpoint."""
     given = {
         "steps": 4, "batch_size": 4, "save_every": 2, "log_every": 1, "sample_every": 0,
         "warmup_steps": 2, "freeze_motion": False, "device": "cpu", "progress": False,
     }  # fmt: skip
     options = TrainingOptions(out=out, **{**given, **values})
-    return train(new_model(config), scheduler, data, options, parts, on_step)
+    model = new_model(config)
+    model = model if change is None else change(model)
+    return train(model, scheduler, data, options, parts, on_step)
 
 
 class _Stop(BaseException):
@@ -90,10 +94,9 @@ def losses_of(folder):
     return [tuple(row.get(name) for name in columns) for row in read_metrics(folder)]
 
 
-def assert_same_files(first, second):
+def assert_same_files(first, second, trained="transformer/diffusion_pytorch_model"):
     """Two checkpoints hold the same bits."""
-    for name in ("transformer/diffusion_pytorch_model", "training_state/weights",
-                 "training_state/optimizer"):  # fmt: skip
+    for name in (trained, "training_state/weights", "training_state/optimizer"):
         a, b = (load_file(folder / f"{name}.safetensors") for folder in (first, second))
         assert set(a) == set(b)
         assert all(torch.equal(a[key], b[key]) for key in a), name
@@ -131,6 +134,26 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, data, optimizer):
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     assert [row[0] for row in losses_of(tmp_path / "cut")] == [1, 2, 3, 4, 5]
     assert_same_files(whole, resumed)
+
+
+def compiled(module, name=""):
+    """The module with a part, or all of it, by torch.compile."""
+    part = torch.compile(module.get_submodule(name), backend="eager")
+    if not name:
+        return part
+    module.set_submodule(name, part)
+    return module
+
+
+@pytest.mark.parametrize("part", ["", "image_encoder.blocks.0", "image_decoder"])
+def test_a_compiled_model_trains_as_another(tmp_path, data, part, fresh_compiler):
+    whole = run(tmp_path / "whole", data)
+    for steps in (2, 4):
+        cut = run(
+            tmp_path / "cut", data, steps=steps, resume=steps == 4,
+            change=lambda model: compiled(model, part),
+        )  # fmt: skip
+    assert_same_files(whole, cut)
 
 
 def test_resuming_with_other_micro_batches(tmp_path, data):
@@ -419,13 +442,14 @@ def test_two_processes_train_as_one(tmp_path, data):
 # VAE ------------------------------------------------------------------------------------------
 
 
-def run_vae(out, source, on_step=None, **values):
+def run_vae(out, source, on_step=None, change=None, **values):
     given = {
         "steps": 4, "batch_size": 2, "save_every": 2, "log_every": 1, "sample_every": 0,
         "warmup_steps": 2, "scale_clips": 4, "device": "cpu", "progress": False,
     }  # fmt: skip
     options = VAETrainingOptions(out=out, **{**given, **values})
-    return train_vae(new_vae(VAE_CONFIG), source, options, on_step)
+    vae = new_vae(VAE_CONFIG)
+    return train_vae(vae if change is None else change(vae), source, options, on_step)
 
 
 def test_vae_learns_and_sets_its_scale(tmp_path):
@@ -452,12 +476,21 @@ def test_a_stopped_vae_run_goes_on_exactly(tmp_path):
     with pytest.raises(_Stop):
         run_vae(tmp_path / "cut", source, on_step=stop_after(3))
     resumed = run_vae(tmp_path / "cut", source, resume=True)
-    for name in ("vae/diffusion_pytorch_model", "training_state/weights"):
-        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_files(whole, resumed, "vae/diffusion_pytorch_model")
     assert [row[1] for row in losses_of(tmp_path / "whole")] == [
         row[1] for row in losses_of(tmp_path / "cut")
     ]
+
+
+def test_a_compiled_vae_trains_as_another(tmp_path, fresh_compiler):
+    source = GradientSource(4, num_frames=1)
+    whole = run_vae(tmp_path / "whole", source)
+    for steps in (2, 4):
+        cut = run_vae(
+            tmp_path / "cut", source, steps=steps, resume=steps == 4,
+            change=lambda vae: compiled(vae, "decoder"),
+        )  # fmt: skip
+    assert_same_files(whole, cut, "vae/diffusion_pytorch_model")
 
 
 def test_a_frozen_encoder_keeps_its_latents(tmp_path):
@@ -696,6 +729,24 @@ def test_weights_in_half_precision_are_not_trained(tmp_path, data, precision):
     with pytest.raises(InputError, match=message):
         train_vae(vae, GradientSource(4), VAETrainingOptions(out=out, precision=precision))
     assert not out.exists()
+
+
+def wrapped(module):
+    """As an adapter wraps a layer."""
+    name = next(
+        name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)
+    )
+    module.set_submodule(name, torch.nn.Sequential(module.get_submodule(name)))
+    return module
+
+
+@pytest.mark.parametrize("start", [run, run_vae])
+def test_what_checkpoints_have_no_place_for_is_not_trained(tmp_path, data, start):
+    """It would be found when the first checkpoint is due, and what was learned would be lost."""
+    source = data if start is run else GradientSource(4)
+    with pytest.raises(CheckpointError, match="to train has layers that were wrapped"):
+        start(tmp_path / "run", source, change=wrapped)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("start", [run, run_vae])

@@ -19,6 +19,8 @@ def activation_checkpointing(model: NOVATransformer, level: int) -> Iterator[Non
     """
     parts = (model.video_encoder, model.image_encoder, model.image_decoder)[:level]
     blocks: list[nn.Module] = [block for part in parts for block in part.blocks]
+    # torch.compile(block) has such an attribute of its own.
+    before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         # An attribute of the object hides the method of its class; nothing in a block is random.
         block.forward = partial(
@@ -27,5 +29,7 @@ def activation_checkpointing(model: NOVATransformer, level: int) -> Iterator[Non
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

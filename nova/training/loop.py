@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import load_state_dict, load_strict, read_json
+from ..checkpoint import load_strict, read_json
 from ..config import ModelConfig
 from ..data import LatentDataset
 from ..errors import InputError
@@ -16,11 +16,11 @@ from .checkpoints import FrozenParts
 from .engine import Engine, make_accelerator
 from .objective import NOVAObjective
 from .options import TrainingOptions
-from .parameters import check_float32, freeze
+from .parameters import check_trainable, freeze
 from .run import OnStep, Weights, find_resumed, read_position, run_steps
 from .samples import StepSampler, TrainingSamples, collate, load_batches
 from .sheets import SheetConditions, load_codec, write_sample_sheet
-from .state import load_training_state
+from .state import load_averaged_weights, load_training_state
 
 # A run goes on exactly under the same values of these.
 _FIXED = ("seed", "loss_repeats", "prompt_dropout", "freeze_text_norm", "freeze_motion")
@@ -38,7 +38,7 @@ def train(
 
     Args:
         model: float32, what to start from. It is trained in place; a resumed run puts the
-            weights of its checkpoint into it.
+            weights of its checkpoint into it. Parts may be wrapped by torch.compile.
         scheduler: how noise is added, and the sampler of the checkpoints.
         data: encoded clips; their geometry decides between images and clips.
         options: see `TrainingOptions`.
@@ -53,17 +53,19 @@ def train(
         InputError: the model is not float32, data and model do not fit, the batch cannot be split,
             `out` has checkpoints already and `resume` was not asked for, or the resumed run had
             another scheduler.
+        CheckpointError: the model has adapters or quantised layers, for which checkpoints have no
+            place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """
-    check_float32(model)
+    check_trainable(model, _empty_model(model.config), "the model to train")
     accelerator = make_accelerator(options)
     samples = TrainingSamples(data, model.config, scheduler, options)
     resumed = find_resumed(options, _FIXED)
     if resumed is not None:
         check_scheduler(resumed, scheduler)
-        load_strict(model, load_state_dict(resumed / "transformer"), str(resumed / "transformer"))
+        load_averaged_weights(model, _empty_model(model.config), resumed / "transformer")
     parts = FrozenParts() if parts is None else parts
     check_vae(data, parts)
     task = NOVATask(samples, parts)
@@ -163,9 +165,13 @@ class NOVATask:
         self._codec.module.to("cpu")
 
 
-def _model_of(weights: Weights, config: ModelConfig) -> NOVATransformer:
+def _empty_model(config: ModelConfig) -> NOVATransformer:
     with torch.device("meta"):
-        model = NOVATransformer(config)
+        return NOVATransformer(config)
+
+
+def _model_of(weights: Weights, config: ModelConfig) -> NOVATransformer:
+    model = _empty_model(config)
     # The objective's parameters are the model's behind a prefix.
     renamed = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     load_strict(model, renamed, "the training")

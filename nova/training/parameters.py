@@ -4,19 +4,29 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..altered_layers import weights_to_save
 from ..errors import DependencyError, InputError
 from ..model import NOVATransformer
 from .options import RunOptions
 
 
-def check_float32(module: nn.Module) -> None:
-    """Raises InputError for weights of another dtype: small updates would be rounded away."""
+def check_trainable(module: nn.Module, fresh: nn.Module, what: str) -> None:
+    """Whether training gets anywhere, and checkpoints can hold what it makes.
+
+    Args:
+        fresh, what: see `weights_to_save`.
+
+    Raises:
+        InputError: weights of another dtype than float32: small updates would be rounded away.
+        CheckpointError: adapters or quantised layers, for which no checkpoint has a place.
+    """
     others = {p.dtype for p in module.parameters()} - {torch.float32}
     if others:
         raise InputError(
             f"training keeps weights in float32, and these are {others.pop()}: open the checkpoint "
             'with torch_dtype=torch.float32. TrainingOptions(precision="bfloat16") computes in it'
         )
+    weights_to_save(module, fresh, what)
 
 
 def freeze(

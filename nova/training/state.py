@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..checkpoint import load_state_dict, read_json, save_state_dict, write_json
+from ..altered_layers import named_weights
+from ..checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
 from ..errors import CheckpointError
 from .engine import Engine
 
@@ -36,6 +37,24 @@ def averaged_weights(engine: Engine) -> dict[str, Tensor]:
         state = get_model_state_dict(engine.module, options=_WHOLE)
         # On a CPU the tensors are the module's own, which change again below.
         return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_averaged_weights(module: nn.Module, fresh: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's weights into the module to train, which stays as it is otherwise.
+
+    Args:
+        module: torch.compile may have wrapped parts of it.
+        fresh: one of the same config, on the meta device; it takes the file's tensors.
+        folder: the part's, with safetensors files.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or of another model.
+    """
+    load_strict(fresh, load_state_dict(folder), str(folder))
+    weights = fresh.state_dict()
+    for name, tensor in named_weights(module).items():
+        tensor.copy_(weights[name])
 
 
 def _optimizers(engine: Engine) -> list[torch.optim.Optimizer]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ..checkpoint import load_state_dict, load_strict
+from ..checkpoint import load_strict
 from ..codec import LatentCodec, to_pixels
 from ..data import ClipSource, ShuffledOrder
 from ..data.seeds import keyed_generator
@@ -17,10 +17,10 @@ from ..media import compare_clips, to_uint8, write_image
 from ..vae import CausalVideoVAE, VAEConfig
 from .engine import Engine, make_accelerator
 from .options import VAETrainingOptions
-from .parameters import check_float32
+from .parameters import check_trainable
 from .run import OnStep, Weights, find_resumed, read_position, run_steps
 from .samples import StepSampler, load_batches
-from .state import load_training_state
+from .state import load_averaged_weights, load_training_state
 
 _NOISE, _CROP = 4, 5  # purposes of generators, beside those of other draws
 _CROPS_LOOKED_AT = 4
@@ -42,7 +42,7 @@ def train_vae(
 
     Args:
         vae: float32, what to start from; trained in place. A resumed run puts the weights of its
-            checkpoint into it.
+            checkpoint into it. Parts may be wrapped by torch.compile.
         source: clips of one size; unreadable ones are passed over.
         options: see `VAETrainingOptions`.
         on_step: called after every step with the number of steps done and its metrics.
@@ -53,16 +53,18 @@ def train_vae(
     Raises:
         InputError: the VAE is not float32, the clips do not fit it, the batch cannot be split, or
             `out` has checkpoints already and `resume` was not asked for.
+        CheckpointError: the VAE has adapters or quantised layers, for which checkpoints have no
+            place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """
-    check_float32(vae)
+    check_trainable(vae, _empty_vae(vae.config), "the VAE to train")
     accelerator = make_accelerator(options)
     clips = ClipSamples(source, vae.config, options.seed, options.crop)
     resumed = find_resumed(options, _FIXED)
     if resumed is not None:
-        load_strict(vae, load_state_dict(resumed / "vae"), str(resumed / "vae"))
+        load_averaged_weights(vae, _empty_vae(vae.config), resumed / "vae")
     vae.train().requires_grad_(True)
     if options.freeze_encoder:
         vae.encoder.requires_grad_(False)
@@ -228,12 +230,16 @@ class VAETask:
         write_image(path, compare_clips(rows, captions=captions))
 
     def _codec(self, weights: Weights) -> LatentCodec:
-        with torch.device("meta"):
-            vae = CausalVideoVAE(self._config)
+        vae = _empty_vae(self._config)
         # The objective's parameters are the VAE's behind a prefix.
         renamed = {name.removeprefix("vae."): tensor for name, tensor in weights.items()}
         load_strict(vae, renamed, "the training")
         return LatentCodec(vae)
+
+
+def _empty_vae(config: VAEConfig) -> CausalVideoVAE:
+    with torch.device("meta"):
+        return CausalVideoVAE(config)
 
 
 @torch.no_grad()
