@@ -108,6 +108,16 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path):
     assert encoder.encode([""])[0].shape == (0, 32)  # still the null prompt
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_turned_off(tmp_path, off):
+    options = TextEncoderOptions(hidden_size=32, num_layers=1, num_heads=2, steps=2)
+    make_text_encoder(["a red circle"], tmp_path / "on", options, show_progress=False)
+    with off():
+        make_text_encoder(["a red circle"], tmp_path / "off", options, show_progress=False)
+    on, found = (tmp_path / name / "text_encoder/model.safetensors" for name in ("on", "off"))
+    assert on.read_bytes() == found.read_bytes()
+
+
 def test_long_captions_are_cut_and_still_end(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(text_encoder, "_fit", lambda model, _, tokens, *rest: seen.extend(tokens))

@@ -118,6 +118,18 @@ def test_the_loss_falls_on_one_clip(tmp_path, scheduler):
     assert last < 0.5 * first, (first, last)
 
 
+GRADIENTS_OFF = pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+
+
+@GRADIENTS_OFF
+def test_where_gradients_are_turned_off(tmp_path, data, off):
+    models = new_model(SMALL), new_model(SMALL)
+    on = run(tmp_path / "on", data, steps=2, change=lambda _: models[0])
+    with off():
+        found = run(tmp_path / "off", data, steps=2, change=lambda _: models[1])
+    assert_same_files(on, found)
+
+
 # Resuming -------------------------------------------------------------------------------------
 
 
@@ -468,6 +480,16 @@ def test_vae_learns_and_sets_its_scale(tmp_path):
     error = (codec.decode(codec.encode(pixels, sample=False)) - pixels).clamp(-2, 2)
     assert 10 * np.log10(4 / error.square().mean().item()) > results[0]["psnr"] + 2
     assert read_image(tmp_path / "samples" / "step-00000020.png").ndim == 3
+
+
+@GRADIENTS_OFF
+def test_vaes_where_gradients_are_turned_off(tmp_path, off):
+    source = GradientSource(4, num_frames=1)
+    vaes = new_vae(VAE_CONFIG), new_vae(VAE_CONFIG)
+    on = run_vae(tmp_path / "on", source, steps=2, change=lambda _: vaes[0])
+    with off():
+        found = run_vae(tmp_path / "off", source, steps=2, change=lambda _: vaes[1])
+    assert_same_files(on, found, "vae/diffusion_pytorch_model")
 
 
 def test_a_stopped_vae_run_goes_on_exactly(tmp_path):

@@ -26,6 +26,7 @@ from .state import load_averaged_weights, load_training_state
 _FIXED = ("seed", "loss_repeats", "prompt_dropout", "freeze_text_norm", "freeze_motion")
 
 
+@torch.inference_mode(False)  # gradients are wanted, whatever the caller has turned off
 def train(
     model: NOVATransformer,
     scheduler: SchedulerConfig,

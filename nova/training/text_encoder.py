@@ -109,6 +109,7 @@ def make_text_folders(folder: str | os.PathLike) -> tuple[Path, Path]:
     return folders
 
 
+@torch.inference_mode(False)  # gradients are wanted, whatever the caller has turned off
 def make_text_encoder(
     captions: Sequence[str],
     folder: str | os.PathLike,

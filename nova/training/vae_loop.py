@@ -28,6 +28,7 @@ _UNREADABLE_IN_A_ROW = 100
 _FIXED = ("seed",)
 
 
+@torch.inference_mode(False)  # gradients are wanted, whatever the caller has turned off
 def train_vae(
     vae: CausalVideoVAE,
     source: ClipSource,
