@@ -82,26 +82,29 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def out_of_memory(doing: str, *remedies: str) -> Iterator[None]:
+def out_of_memory(doing: str, *remedies: str, for_pipelines: bool = True) -> Iterator[None]:
     """Turn torch's out-of-memory errors inside into a `DeviceError` that says what to do.
 
     Args:
         doing: such as "sampling".
-        remedies: what helps there, before what helps everywhere.
+        remedies: what helps there.
+        for_pipelines: name what helps all of a pipeline's work, too.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise DeviceError(_out_of_memory_message(error, doing, remedies)) from error
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if for_pipelines:
+            remedies += ("torch_dtype=torch.bfloat16",)
+            remedies += ("enable_model_cpu_offload()",) if on_gpu else ()
+        raise DeviceError(_out_of_memory_message(on_gpu, doing, remedies)) from error
 
 
-def _out_of_memory_message(error: RuntimeError, doing: str, remedies: tuple[str, ...]) -> str:
-    remedies = (*remedies, "torch_dtype=torch.bfloat16")
+def _out_of_memory_message(on_gpu: bool, doing: str, remedies: tuple[str, ...]) -> str:
     where = f"out of memory while {doing}"
-    if isinstance(error, torch.OutOfMemoryError):
-        remedies += ("enable_model_cpu_offload()",)
+    if on_gpu:
         where = f"out of GPU memory while {doing}"
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()

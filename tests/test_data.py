@@ -23,7 +23,7 @@ from nova.data import (
 from nova.data.encoding import posterior_moments
 from nova.data.seeds import keyed_generator
 from nova.data.shards import ShardIndex
-from nova.errors import CheckpointError, InputError
+from nova.errors import CheckpointError, DeviceError, InputError
 from nova.media import write_image, write_video
 from nova.motion import motion_score
 from nova.text import PromptTruncationWarning, TextEncoder
@@ -213,6 +213,37 @@ def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
     with pytest.raises(InputError, match="no clip could be used"):
         encode_clips(GradientSource(2, broken=(0, 1)), tmp_path / "none", codec, text_encoder,
                      show_progress=False)  # fmt: skip
+
+
+def test_worker_processes_change_nothing(tmp_path, codec, text_encoder):
+    source = GradientSource(6, broken=(0, 1, 4))
+    for workers in (0, 2):
+        encode_clips(source, tmp_path / str(workers), codec, text_encoder, shard_size=2,
+                     workers=workers, show_progress=False)  # fmt: skip
+    alone, beside = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in "02")
+    assert alone == beside
+
+
+def test_short_memory_loses_no_shard(tmp_path, codec, text_encoder, monkeypatch):
+    encode = type(codec.module).encode_moments
+    calls = []
+
+    def encode_four(self, pixels):
+        calls.append(pixels)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(self, pixels)
+
+    monkeypatch.setattr(type(codec.module), "encode_moments", encode_four)
+    options = {"shard_size": 3, "show_progress": False}
+    message = (
+        r"out of GPU memory while encoding.* Use a smaller batch_size \(--batch-size\) or a VAE"
+    )
+    with pytest.raises(DeviceError, match=message):
+        encode_clips(GradientSource(8), tmp_path, codec, text_encoder, **options)
+    source = GradientSource(8)
+    assert encode_clips(source, tmp_path, codec, text_encoder, **options).samples == 8
+    assert source.reads == [3, 4, 5, 6, 7]
 
 
 class _Killed(BaseException):

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from training_data import write_latents
 
 from nova.conditioning import Conditioning
+from nova.data import loading
 from nova.errors import InputError
 from nova.guidance import Guidance
 from nova.objective import TrainingDraws, training_losses
@@ -364,13 +365,11 @@ def test_values_that_are_not_finite_are_noticed_at_once(loss, grad_norm):
 def test_training_on_a_cpu_leaves_the_gpu_alone(data, monkeypatch):
     """Pinned memory is the GPU's driver's, which would come up in every process for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "DataLoader", lambda *_, pin_memory, **__: [pin_memory])
     samples = TrainingSamples(data, SMALL, FLOW, options())
     sampler = StepSampler(options(), 0, 0, 0, 1)
-    pinned = {
-        device: load_batches(samples, sampler, collate, 0, torch.device(device)).pin_memory
-        for device in ("cpu", "cuda")
-    }
-    assert pinned == {"cpu": False, "cuda": True}
+    for device, pinned in (("cpu", False), ("cuda", True)):
+        assert list(load_batches(samples, sampler, collate, 0, torch.device(device))) == [pinned]
 
 
 # A VAE's objective -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from nova.cli import parts
 from nova.cli.app import app
 from nova.codec import LatentCodec, to_pixels
 from nova.config import named_config
-from nova.errors import InputError, MediaError
+from nova.errors import DeviceError, InputError, MediaError
 from nova.generation_config import GenerationConfig
 from nova.media import read_image, write_video
 from nova.pipeline import NOVAPipeline
@@ -166,6 +166,11 @@ def test_a_compiled_model_trains_as_another(tmp_path, data, part, fresh_compiler
             change=lambda model: compiled(model, part),
         )  # fmt: skip
     assert_same_files(whole, cut)
+
+
+def test_worker_processes_change_nothing(tmp_path, data):
+    alone, beside = (run(tmp_path / str(n), data, workers=n, steps=2) for n in (0, 2))
+    assert_same_files(alone, beside)
 
 
 def test_resuming_with_other_micro_batches(tmp_path, data):
@@ -504,6 +509,13 @@ def test_a_stopped_vae_run_goes_on_exactly(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_vaes_when_nothing_can_be_read(tmp_path, workers):
+    source = GradientSource(200, broken=range(200))
+    with pytest.raises(InputError, match=r"^100 clips in a row cannot be read.*is damaged$"):
+        run_vae(tmp_path, source, workers=workers)
+
+
 def test_a_compiled_vae_trains_as_another(tmp_path, fresh_compiler):
     source = GradientSource(4, num_frames=1)
     whole = run_vae(tmp_path / "whole", source)
@@ -769,6 +781,19 @@ def test_what_checkpoints_have_no_place_for_is_not_trained(tmp_path, data, start
     with pytest.raises(CheckpointError, match="to train has layers that were wrapped"):
         start(tmp_path / "run", source, change=wrapped)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start", [run, run_vae])
+def test_short_memory_loses_no_checkpoint(tmp_path, data, start):
+    def fail(step, _):
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    source = data if start is run else GradientSource(4)
+    message = r"out of GPU memory while training.* Use a smaller micro_batch_size \(--micro-batch"
+    with pytest.raises(DeviceError, match=message):
+        start(tmp_path, source, on_step=fail)
+    assert start(tmp_path, source, micro_batch_size=1, resume=True).name == "step-00000004"
 
 
 @pytest.mark.parametrize("start", [run, run_vae])

@@ -9,21 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..altered_layers import named_weights
 from ..checkpoint import save_state_dict, write_json
 from ..codec import LatentCodec, to_pixels
+from ..devices import out_of_memory
 from ..errors import CheckpointError, InputError, NovaError
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
+from .loading import load, lost_workers
 from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+# What helps where memory is short.
+_LESS_MEMORY = "a smaller batch_size (--batch-size)", "a VAE in bfloat16 (--precision bfloat16)"
+
+
 @torch.no_grad()
+@out_of_memory("encoding", *_LESS_MEMORY, for_pipelines=False)
+@lost_workers()
 def encode_clips(
     source: ClipSource,
     folder: str | os.PathLike,
@@ -55,6 +63,8 @@ def encode_clips(
     Raises:
         InputError: the folder holds data of other settings, no clip can be used, captions
             without a text encoder, or values that do not fit `dtype`.
+        DeviceError: memory is short, or a process that reads clips was lost. What was finished
+            stays.
     """
     if min(shard_size, batch_size) < 1 or dtype not in DTYPES:
         raise InputError(
@@ -168,7 +178,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 class _Readable(Dataset):
-    """A source whose unreadable clips are [key, reason]: an error would end a worker process."""
+    """A source whose unreadable clips are [key, reason]."""
 
     def __init__(self, source: ClipSource, start: int):
         self._source, self._start = source, start
@@ -190,10 +200,7 @@ class _Readable(Dataset):
 def _read_clips(source: ClipSource, start: int, workers: int) -> Iterator[Clip | list[str]]:
     if start == len(source):
         return iter(())
-    loader = DataLoader(
-        _Readable(source, start), batch_size=None, num_workers=workers, collate_fn=_as_it_is
-    )
-    return iter(loader)
+    return load(_Readable(source, start), workers, _as_it_is, batch_size=None)
 
 
 def _as_it_is(clip: Any) -> Any:

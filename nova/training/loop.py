@@ -17,7 +17,15 @@ from .engine import Engine, make_accelerator
 from .objective import NOVAObjective
 from .options import TrainingOptions
 from .parameters import check_trainable, freeze
-from .run import OnStep, Weights, find_resumed, read_position, run_steps
+from .run import (
+    LESS_MEMORY,
+    OnStep,
+    Weights,
+    find_resumed,
+    in_a_run,
+    read_position,
+    run_steps,
+)
 from .samples import StepSampler, TrainingSamples, collate, load_batches
 from .sheets import SheetConditions, load_codec, write_sample_sheet
 from .state import load_averaged_weights, load_training_state
@@ -26,7 +34,7 @@ from .state import load_averaged_weights, load_training_state
 _FIXED = ("seed", "loss_repeats", "prompt_dropout", "freeze_text_norm", "freeze_motion")
 
 
-@torch.inference_mode(False)  # gradients are wanted, whatever the caller has turned off
+@in_a_run(*LESS_MEMORY, "activation_checkpointing")
 def train(
     model: NOVATransformer,
     scheduler: SchedulerConfig,
@@ -57,6 +65,7 @@ def train(
         CheckpointError: the model has adapters or quantised layers, for which checkpoints have no
             place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
+        DeviceError: memory is short, or a process that reads data was lost; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """

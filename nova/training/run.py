@@ -1,6 +1,7 @@
 """The loop of a training run, whatever is trained: steps, metrics, checkpoints, contact sheets."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.loading import lost_workers
+from ..devices import out_of_memory
 from ..errors import InputError
 from .checkpoints import Checkpoints
 from .engine import Engine
@@ -36,6 +39,25 @@ class Task(Protocol):
     def metrics(self, step: int) -> dict[str, float]:
         """More columns of metrics.csv for a step, counted from 0."""
         ...
+
+
+# What helps any run where memory is short.
+LESS_MEMORY = ("a smaller micro_batch_size (--micro-batch-size)", 'precision="bfloat16"')
+
+
+@contextmanager
+def in_a_run(*remedies: str) -> Iterator[None]:
+    """What a whole run happens in: gradients, whatever the caller has turned off; clear errors.
+
+    Args:
+        remedies: against a lack of memory.
+
+    Raises:
+        DeviceError: memory is short, or a process that reads was lost.
+    """
+    memory = out_of_memory("training", *remedies, for_pipelines=False)
+    with torch.inference_mode(False), memory, lost_workers():
+        yield
 
 
 def find_resumed(options: RunOptions, fixed: tuple[str, ...]) -> Path | None:

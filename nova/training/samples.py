@@ -5,15 +5,17 @@ exactly from any step without stored generator states, and does not depend on ho
 among processes and micro-batches, nor on which worker reads a sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from ..config import ModelConfig
 from ..data import LatentDataset, ShuffledOrder, split_step
+from ..data.loading import load
 from ..data.seeds import keyed_generator
 from ..errors import InputError
 from ..model import NULL_CLASS
@@ -161,16 +163,16 @@ class StepSampler(Sampler):
 
 
 def load_batches(
-    dataset: Dataset, sampler: StepSampler, collate_fn, workers: int, device: torch.device
-) -> DataLoader:
-    """A loader of a process's micro-batches, as dictionaries of tensors in memory of the CPU.
+    dataset: Dataset,
+    sampler: StepSampler,
+    collate: Callable[[Any], Any],
+    workers: int,
+    device: torch.device,
+) -> Iterator[dict[str, Tensor]]:
+    """A process's micro-batches, as dictionaries of tensors in memory of the CPU.
 
     `device` is the one they go to: for a GPU their memory is pinned.
     """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_fn,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",  # elsewhere of no use, and it would start the driver
-    )
+    # Elsewhere it is of no use, and would start the driver.
+    pin_memory = device.type == "cuda"
+    return load(dataset, workers, collate, batch_sampler=sampler, pin_memory=pin_memory)

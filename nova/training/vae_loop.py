@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..checkpoint import load_strict
 from ..codec import LatentCodec, to_pixels
@@ -18,7 +18,15 @@ from ..vae import CausalVideoVAE, VAEConfig
 from .engine import Engine, make_accelerator
 from .options import VAETrainingOptions
 from .parameters import check_trainable
-from .run import OnStep, Weights, find_resumed, read_position, run_steps
+from .run import (
+    LESS_MEMORY,
+    OnStep,
+    Weights,
+    find_resumed,
+    in_a_run,
+    read_position,
+    run_steps,
+)
 from .samples import StepSampler, load_batches
 from .state import load_averaged_weights, load_training_state
 
@@ -28,7 +36,7 @@ _UNREADABLE_IN_A_ROW = 100
 _FIXED = ("seed",)
 
 
-@torch.inference_mode(False)  # gradients are wanted, whatever the caller has turned off
+@in_a_run(*LESS_MEMORY, "a smaller crop")
 def train_vae(
     vae: CausalVideoVAE,
     source: ClipSource,
@@ -57,6 +65,7 @@ def train_vae(
         CheckpointError: the VAE has adapters or quantised layers, for which checkpoints have no
             place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
+        DeviceError: memory is short, or a process that reads clips was lost; checkpoints stay.
         DependencyError: accelerate is not installed.
         MediaError: `out` cannot be made, or not be written into.
     """
@@ -75,7 +84,7 @@ def train_vae(
         load_training_state(engine, resumed)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     sampler = StepSampler(options, *read_position(resumed), rank, world_size)
-    batches = load_batches(clips, sampler, None, options.workers, accelerator.device)
+    batches = load_batches(clips, sampler, default_collate, options.workers, accelerator.device)
     task = VAETask(clips, vae.config, options)
     per_step = sampler.micro_batches_per_step
     return run_steps(engine, task, batches, per_step, options, resumed, on_step)
