@@ -74,16 +74,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it because a GPU's or the CPU's memory is short."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it was raised because a GPU's or the CPU's memory is short."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         message in str(error) for message in OUT_OF_MEMORY_MESSAGES
     )
 
 
 @contextlib.contextmanager
 def out_of_memory(doing: str, *remedies: str, for_pipelines: bool = True) -> Iterator[None]:
-    """Turn torch's out-of-memory errors inside into a `DeviceError` that says what to do.
+    """Turn out-of-memory errors inside into a `DeviceError` that says what to do.
 
     Args:
         doing: such as "sampling".
@@ -92,7 +92,7 @@ def out_of_memory(doing: str, *remedies: str, for_pipelines: bool = True) -> Ite
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         on_gpu = isinstance(error, torch.OutOfMemoryError)

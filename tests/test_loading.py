@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from nova.data.loading import load, lost_workers
+from nova.data.loading import load, worker_failures
 from nova.errors import DependencyError, DeviceError, MediaError
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -46,10 +46,16 @@ def test_samples_one_by_one(workers):
 
 @WORKERS
 @pytest.mark.parametrize(
-    "error", [MediaError("x.mp4 is damaged"), DependencyError("pip install it"), KeyError("a bug")]
+    "error",
+    [
+        MediaError("x.mp4 is damaged"),
+        DependencyError("pip install it"),
+        MemoryError("short"),
+        KeyError("a bug"),
+    ],
 )
 def test_errors(error, workers):
-    """The package's own arrive as they are, and everything before them is read."""
+    """The package's own, and of memory, arrive as they are, and what is before them is read."""
     batches = load(Numbers(error), workers, default_collate, batch_size=2)
     assert [next(batches).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(type(error)) as caught:
@@ -59,11 +65,21 @@ def test_errors(error, workers):
 
 
 def test_lost_processes():
-    with pytest.raises(DeviceError, match=r"has ended \(DataLoader worker.*Use fewer workers"):
-        with lost_workers():
+    with pytest.raises(DeviceError, match=r"has failed \(DataLoader worker.*Use fewer workers"):
+        with worker_failures():
             read(Numbers(deadly=3), workers=1)
 
 
+def test_short_shared_memory():
+    error = RuntimeError(
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  File ...\n"
+        "RuntimeError: unable to write to file </torch_7_8_0>: No space left on device (28)\n"
+    )
+    message = r"has failed \(RuntimeError: unable to write to file .*\(28\)\); perhaps memory"
+    with pytest.raises(DeviceError, match=message), worker_failures():
+        raise error
+
+
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="^something else$"), lost_workers():
+    with pytest.raises(RuntimeError, match="^something else$"), worker_failures():
         raise RuntimeError("something else")

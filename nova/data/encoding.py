@@ -19,7 +19,7 @@ from ..devices import out_of_memory
 from ..errors import CheckpointError, InputError, NovaError
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
-from .loading import load, lost_workers
+from .loading import load, worker_failures
 from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -31,7 +31,7 @@ _LESS_MEMORY = "a smaller batch_size (--batch-size)", "a VAE in bfloat16 (--prec
 
 @torch.no_grad()
 @out_of_memory("encoding", *_LESS_MEMORY, for_pipelines=False)
-@lost_workers()
+@worker_failures()
 def encode_clips(
     source: ClipSource,
     folder: str | os.PathLike,

@@ -9,8 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DeviceError, NovaError
 
-# How torch's messages about a process that is no longer there begin.
-_LOST = "DataLoader worker (pid"
+# What torch's messages have in them about a process that is no longer there, or tensors for which
+# there was no shared memory.
+_FAILURES = ("DataLoader worker (pid", "</torch_")
+# Errors that are carried from one process to the other.
+_CARRIED = (NovaError, MemoryError)
 
 
 def load(
@@ -24,30 +27,31 @@ def load(
         options: of torch's `DataLoader`.
 
     Raises:
-        NovaError: what reading a sample raised, in whichever process.
+        NovaError, MemoryError: what reading a sample raised, in whichever process.
     """
     loader = DataLoader(
         _WithErrors(dataset), num_workers=workers, collate_fn=_Collate(collate), **options
     )
     for batch in loader:
-        if isinstance(batch, NovaError):
+        if isinstance(batch, _CARRIED):
             raise batch
         yield batch
 
 
 @contextmanager
-def lost_workers() -> Iterator[None]:
-    """Turn torch's errors inside, where a process that reads has ended, into a `DeviceError`.
+def worker_failures() -> Iterator[None]:
+    """Turn torch's errors inside, where a process that reads has failed, into a `DeviceError`.
 
-    Torch raises them wherever the process that it reads for happens to be.
+    Of one that has ended, torch tells wherever the process that it reads for happens to be.
     """
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith(_LOST):
+        if not any(message in str(error) for message in _FAILURES):
             raise
+        reason = str(error).strip().splitlines()[-1]  # behind a traceback
         raise DeviceError(
-            f"a process that reads data has ended ({error}); perhaps memory is short, or shared "
+            f"a process that reads data has failed ({reason}); perhaps memory is short, or shared "
             "memory (/dev/shm). Use fewer workers (--workers), or 0"
         ) from error
 
@@ -67,7 +71,7 @@ class _WithErrors(Dataset):
     def __getitem__(self, index: Any) -> Any:
         try:
             return self._dataset[index]
-        except NovaError as error:
+        except _CARRIED as error:
             return error
 
 
@@ -79,6 +83,6 @@ class _Collate:
 
     def __call__(self, samples: Any) -> Any:
         for sample in samples if isinstance(samples, list) else [samples]:
-            if isinstance(sample, NovaError):
+            if isinstance(sample, _CARRIED):
                 return sample
         return self.collate(samples)

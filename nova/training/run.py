@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.loading import lost_workers
+from ..data.loading import worker_failures
 from ..devices import out_of_memory
 from ..errors import InputError
 from .checkpoints import Checkpoints
@@ -56,7 +56,7 @@ def in_a_run(*remedies: str) -> Iterator[None]:
         DeviceError: memory is short, or a process that reads was lost.
     """
     memory = out_of_memory("training", *remedies, for_pipelines=False)
-    with torch.inference_mode(False), memory, lost_workers():
+    with torch.inference_mode(False), memory, worker_failures():
         yield
 
 
