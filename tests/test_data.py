@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ from nova.data import (
     encode_clips,
     split_step,
 )
-from nova.data.encoding import posterior_moments
 from nova.data.seeds import keyed_generator
+from nova.data.shard_tensors import posterior_moments
 from nova.data.shards import ShardIndex
 from nova.errors import CheckpointError, DeviceError, InputError
 from nova.media import write_image, write_video
@@ -215,6 +217,32 @@ def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
                      show_progress=False)  # fmt: skip
 
 
+def test_frames_are_kept_no_longer_than_needed(tmp_path, codec, text_encoder):
+    """Those of a whole shard would be gigabytes."""
+    seen, counts = [], []
+
+    class Watched(GradientSource):
+        def __getitem__(self, index):
+            clip = super().__getitem__(index)
+            seen.append(weakref.ref(clip.frames))
+            counts.append(sum(frames() is not None for frames in seen))
+            return clip
+
+    encode_clips(Watched(12), tmp_path, codec, text_encoder, batch_size=2, show_progress=False)
+    assert len(counts) == 12 and max(counts) <= 4
+
+
+def test_captions_may_be_empty(tmp_path, codec, text_encoder):
+    class Silent(GradientSource):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), caption="" if index == 1 else "a gradient")
+
+    encode_clips(Silent(3), tmp_path, codec, text_encoder, show_progress=False)
+    data = LatentDataset(tmp_path)
+    assert data.caption(1) == "" and data[1].text.shape == (0, text_encoder.hidden_size)
+    assert len(data[0].text) == len(data[2].text) > 0
+
+
 def test_worker_processes_change_nothing(tmp_path, codec, text_encoder):
     source = GradientSource(6, broken=(0, 1, 4))
     for workers in (0, 2):
@@ -393,7 +421,7 @@ def test_latents_that_cannot_be_stored(
     tmp_path, codec, text_encoder, monkeypatch, value, error, message
 ):
     moments = torch.full((2, 1, 4, 2, 4, 4), value)
-    monkeypatch.setattr("nova.data.encoding.posterior_moments", lambda *_: (*moments,))
+    monkeypatch.setattr("nova.data.shard_tensors.posterior_moments", lambda *_: (*moments,))
     with pytest.raises(error, match=message):
         encode_clips(
             GradientSource(1), tmp_path, codec, text_encoder, dtype="float16", show_progress=False

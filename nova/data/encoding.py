@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..altered_layers import named_weights
 from ..checkpoint import save_state_dict, write_json
-from ..codec import LatentCodec, to_pixels
+from ..codec import LatentCodec
 from ..devices import out_of_memory
-from ..errors import CheckpointError, InputError, NovaError
+from ..errors import InputError, NovaError
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
 from .loading import load, worker_failures
+from .shard_tensors import ShardTensors
 from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -81,22 +82,21 @@ def encode_clips(
     with progress:
         while not index.complete:
             stop = min(start + shard_size, len(source))
-            usable: list[Clip] = []
+            content = ShardTensors(codec, text_encoder, batch_size, DTYPES[dtype])
             skipped: list[list[str]] = []
             for clip in islice(clips, stop - start):
                 # Reasons may have line breaks, the report has one line a clip.
                 if isinstance(clip, Clip):
                     _check_condition(clip, text_encoder)
-                    usable.append(clip)
+                    content.add(clip)
                 else:
                     skipped.append([" ".join(part.split()) for part in clip])
                 progress.update()
             file = f"shard-{len(index.shards):05d}.safetensors"
-            shard = Shard(file, len(usable), start, stop, skipped)
-            if usable:
-                tensors = _encode(usable, codec, text_encoder, batch_size, DTYPES[dtype])
-                captions = [clip.caption or f"class {clip.label}" for clip in usable]
-                write_json(folder / shard.captions_file, {"captions": captions})
+            shard = Shard(file, len(content), start, stop, skipped)
+            if len(content):
+                tensors = content.finish()
+                write_json(folder / shard.captions_file, {"captions": content.captions})
                 save_state_dict(tensors, folder, Path(file).stem)
             index = index.with_shard(shard, complete=stop == len(source))
             # Last: what the index names is there.
@@ -219,52 +219,3 @@ def _check_condition(clip: Clip, text_encoder: TextEncoder | None) -> None:
             f"{clip.key}: clips with class labels alone take no text encoder; leave text_encoder "
             "(--text-encoder) out, and --model if it reads prompts (--vae in its place)"
         )
-
-
-def _encode(
-    clips: list[Clip],
-    codec: LatentCodec,
-    text_encoder: TextEncoder | None,
-    batch_size: int,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """The tensors of a shard."""
-    moments = [
-        posterior_moments(codec, to_pixels([clip.frames for clip in clips[k : k + batch_size]]))
-        for k in range(0, len(clips), batch_size)
-    ]
-    mean, logvar = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
-    tensors = {
-        "mean": _stored(mean, dtype, "latents"),
-        "logvar": _stored(logvar, dtype, "latents"),
-        "motion_flow": torch.tensor([clip.motion_flow for clip in clips], dtype=torch.float32),
-        "fps": torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
-    }
-    if text_encoder is None:
-        return {**tensors, "label": torch.tensor([clip.label for clip in clips])}
-    embeddings = text_encoder.encode([clip.caption for clip in clips])
-    lengths = torch.tensor([0, *(len(embedding) for embedding in embeddings)])
-    text = torch.cat(embeddings).cpu()
-    return {
-        **tensors,
-        "text": _stored(text, dtype, "text embeddings"),
-        "text_offsets": lengths.cumsum(0),
-    }
-
-
-def posterior_moments(codec: LatentCodec, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance (B, C, T, h, w), float32 and unscaled, of pixels (B, 3, F, H, W)."""
-    if codec.is_video:
-        return codec.module.encode_moments(pixels)
-    module = codec.module
-    posterior = module.encode(pixels[:, :, 0].to(module.device, module.dtype)).latent_dist
-    return posterior.mean.float()[:, :, None], posterior.logvar.float()[:, :, None]
-
-
-def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if not x.isfinite().all():
-        raise CheckpointError(f"{name} are NaN or infinite; encode in float32 or bfloat16")
-    stored = x.to(dtype)
-    if not stored.isfinite().all():
-        raise InputError(f"{name} exceed the range of float16; store them in bfloat16")
-    return stored
