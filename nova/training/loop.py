@@ -158,7 +158,7 @@ class NOVATask:
     def metrics(self, step: int) -> dict[str, float]:
         return {"mask_ratio": self._samples.mask_ratio(step)}
 
-    def save(self, folder: Path, weights: Weights) -> None:
+    def save(self, folder: Path, weights: Weights, device: torch.device) -> None:
         model = _model_of(weights, self._config)
         recommended = self._parts.generation_config
         pipeline = NOVAPipeline(model, self._scheduler, generation_config=recommended)

@@ -26,9 +26,12 @@ Weights = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """What a run trains, as far as its files are concerned. Called on the main process alone."""
+    """What a run trains, as far as its files are concerned. Called on the main process alone.
 
-    def save(self, folder: Path, weights: Weights) -> None:
+    The device is the one that trains, for what is computed of the weights, which are on the CPU.
+    """
+
+    def save(self, folder: Path, weights: Weights, device: torch.device) -> None:
         """Write what a checkpoint offers for use, made of the averaged weights."""
         ...
 
@@ -177,7 +180,7 @@ def _save(
         save_training_state(engine, checkpoints.folder, record)
         return
     with checkpoints.writing(record["step"]) as folder:
-        task.save(folder, weights)
+        task.save(folder, weights, engine.accelerator.device)
         save_training_state(engine, folder, record)
 
 

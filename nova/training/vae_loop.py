@@ -1,5 +1,6 @@
 """Training a causal video VAE on clips: reconstruction, edges, a little KL divergence."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,9 +176,9 @@ class ClipSamples(Dataset):
             pixels = detailed_crop(pixels, self._crop, keyed_generator(self._seed, _CROP, position))
         return {"pixels": pixels, "noise": noise}
 
-    def first(self, count: int) -> Tensor:
-        """Pixels (n, 3, T, H, W) of the first clips in shuffled order, n <= count."""
-        return torch.stack([self._pixels(k) for k in range(min(count, len(self.source)))])
+    def first(self, count: int) -> Iterator[Tensor]:
+        """Pixels (3, T, H, W) of the first clips in shuffled order, at most so many."""
+        return (self._pixels(k) for k in range(min(count, len(self.source))))
 
     def _pixels(self, position: int) -> Tensor:
         # The next readable clip takes the place of one that is not, the same on every run.
@@ -220,17 +221,16 @@ class VAETask:
     def metrics(self, step: int) -> dict[str, float]:
         return {}
 
-    def save(self, folder: Path, weights: Weights) -> None:
-        codec = self._codec(weights)
+    def save(self, folder: Path, weights: Weights, device: torch.device) -> None:
+        codec = self._codec(weights, device)
         if not self._options.freeze_encoder:
             factor = scaling_factor(codec, self._clips.first(self._options.scale_clips))
             codec.module.config = replace(self._config, scaling_factor=factor)
         codec.save(folder / "vae")
 
     def write_sheet(self, path: Path, weights: Weights, device: torch.device) -> None:
-        codec = self._codec(weights)
-        codec.module.to(device)
-        pixels = self._clips.first(self._options.num_samples)
+        codec = self._codec(weights, device)
+        pixels = torch.stack(list(self._clips.first(self._options.num_samples)))
         decoded = codec.decode(codec.encode(pixels, sample=False))
         rows, captions = [], []
         for original, copy in zip(to_uint8(pixels), to_uint8(decoded), strict=True):
@@ -239,12 +239,12 @@ class VAETask:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(path, compare_clips(rows, captions=captions))
 
-    def _codec(self, weights: Weights) -> LatentCodec:
+    def _codec(self, weights: Weights, device: torch.device) -> LatentCodec:
         vae = _empty_vae(self._config)
         # The objective's parameters are the VAE's behind a prefix.
         renamed = {name.removeprefix("vae."): tensor for name, tensor in weights.items()}
         load_strict(vae, renamed, "the training")
-        return LatentCodec(vae)
+        return LatentCodec(vae.to(device))
 
 
 def _empty_vae(config: VAEConfig) -> CausalVideoVAE:
@@ -253,7 +253,7 @@ def _empty_vae(config: VAEConfig) -> CausalVideoVAE:
 
 
 @torch.no_grad()
-def scaling_factor(codec: LatentCodec, pixels: Tensor) -> float:
-    """One over the standard deviation of the latents of pixels (B, 3, T, H, W)."""
-    latents = [codec.module.encode_moments(part)[0] for part in pixels.split(1)]
+def scaling_factor(codec: LatentCodec, clips: Iterable[Tensor]) -> float:
+    """One over the standard deviation of the latents of clips, each (3, T, H, W)."""
+    latents = [codec.module.encode_moments(clip[None])[0].cpu() for clip in clips]
     return 1.0 / max(float(torch.cat(latents).std()), 1e-6)
