@@ -5,6 +5,8 @@ import operator
 from numbers import Real
 from typing import Any
 
+from .errors import InputError
+
 
 def is_finite_number(value: Any) -> bool:
     """Whether it is a real number, Python's or NumPy's, but NaN, infinity or a truth value."""
@@ -24,3 +26,26 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def check_whole(options: Any, *names: str, least: int) -> None:
+    """Raise InputError unless these attributes of a frozen dataclass are whole numbers.
+
+    NumPy's become Python's, which files can hold.
+    """
+    for name in names:
+        value = getattr(options, name)
+        number = whole_number(value)
+        if number is None or number < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        object.__setattr__(options, name, number)
+
+
+def check_finite(options: Any, *names: str, least: float = -math.inf) -> None:
+    """The same for finite numbers, which become floats."""
+    for name in names:
+        value = getattr(options, name)
+        if not is_finite_number(value) or value < least:
+            limit = "" if least == -math.inf else f" of at least {least}"
+            raise InputError(f"{name} must be a finite number{limit}, got {value!r}")
+        object.__setattr__(options, name, float(value))

@@ -10,7 +10,7 @@ from .errors import InputError
 from .guidance import Guidance
 from .model import DEFAULT_FPS, DEFAULT_MOTION_FLOW
 from .noise import Generators
-from .numeric import is_finite_number, whole_number
+from .numeric import check_finite, check_whole
 from .outputs import OUTPUT_TYPES
 
 COUNTS = ("num_inference_steps", "num_diffusion_steps", "num_images_per_prompt", "vae_batch_size")
@@ -93,18 +93,10 @@ class Request:
     output_type: str = "pil"
 
     def __post_init__(self) -> None:
-        for name in (*COUNTS, *OPTIONAL_COUNTS):
-            value = getattr(self, name)
-            if value is None and name in OPTIONAL_COUNTS:
-                continue
-            count = whole_number(value)
-            if count is None or count < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-            object.__setattr__(self, name, count)  # NumPy's are taken too
+        limits = (name for name in OPTIONAL_COUNTS if getattr(self, name) is not None)
+        check_whole(self, *COUNTS, *limits, least=1)
         if self.flow_shift is not None:
-            if not is_finite_number(self.flow_shift):
-                raise InputError(f"flow_shift must be a finite number, got {self.flow_shift!r}")
-            object.__setattr__(self, "flow_shift", float(self.flow_shift))
+            check_finite(self, "flow_shift")
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise InputError("callback_on_step_end must be a function")
         if self.output_type not in OUTPUT_TYPES:

@@ -169,11 +169,11 @@ def test_a_text_encoder_that_is_there_stays(tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"num_layers": 0}, "sizes must be at least 1, steps and seed not negative"),
-        ({"steps": -1}, "sizes must be at least 1, steps and seed not negative"),
-        ({"vocab_size": 256}, "vocab_size must be at least 257, got 256"),
-        ({"learning_rate": float("nan")}, "learning_rate .--lr. must be finite"),
-        ({"learning_rate": -1.0}, "learning_rate .--lr. must be finite"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ({"steps": -1}, "steps must be a whole number of at least 0, got -1"),
+        ({"vocab_size": 256}, "vocab_size must be a whole number of at least 257, got 256"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0"),
     ],
 )
 def test_numbers_that_no_run_takes(values, message):

@@ -1,9 +1,11 @@
 """The parts of a training step: draws, schedules, averages, freezing, checkpointing."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_models import SMALL, SMALL_IMAGE, SMALL_ROTARY, small_model
@@ -422,12 +424,23 @@ def test_rate_of_work_without_what_is_left_out(monkeypatch):
     [{"steps": 0}, {"seed": -1}, {"betas": (0.9, 1.0)}, {"learning_rate": math.nan},
      {"max_grad_norm": 0.0}, {"schedule": "linear"}, {"precision": "float16"},
      {"device": "cuda"}, {"prompt_dropout": 1.5}, {"mask_ratio_min": 0.0},
-     {"activation_checkpointing": 4}, {"loss_repeats": 0}, {"keep": 0}],
+     {"activation_checkpointing": 4}, {"loss_repeats": 0}, {"keep": 0},
+     {"micro_batch_size": 0}, {"steps": 1.5}, {"learning_rate": "1e-4"},
+     {"max_grad_norm": math.nan}, {"sample_guidance": math.nan}, {"mask_ratio_mean": math.nan},
+     {"mask_ratio_std": math.inf}, {"mask_ratio_mean": 9.0},
+     {"mask_ratio_mean": 0.0, "mask_ratio_std": 0.01}],
     ids=str,
 )  # fmt: skip
 def test_options_out_of_range(values):
     with pytest.raises(InputError):
         options(**values)
+
+
+def test_numbers_of_numpy_become_those_of_files():
+    values = {"steps": np.int64(7), "learning_rate": np.float32(0.5), "max_grad_norm": np.inf}
+    given = options(**values)
+    assert json.loads(json.dumps(vars(given) | {"out": None}))["steps"] == 7
+    assert (given.learning_rate, given.max_grad_norm) == (0.5, math.inf)
 
 
 def test_data_that_does_not_fit_the_model(data, class_data, tmp_path):

@@ -556,7 +556,7 @@ def test_vae_on_crops(tmp_path):
     same = (windows == sample["pixels"][:, :, None, None]).all(-1).all(-1).all(0).all(0)
     assert same.any()
     run_vae(tmp_path, source, steps=1, crop=16)
-    for crop in (12, 0, 8 * (1 + max(height, width) // 8)):
+    for crop in (12, 8 * (1 + max(height, width) // 8)):
         with pytest.raises(InputError, match="crop must be a multiple of 8"):
             run_vae(tmp_path / "wrong", source, crop=crop)
 
@@ -807,8 +807,14 @@ def test_a_folder_that_cannot_be_made(tmp_path, data, start):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"kl_weight": -1.0}, "edge_weight must not be negative"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"kl_weight": -1.0}, "kl_weight must be a finite number of at least 0, got -1.0"),
+        (
+            {"edge_weight": float("nan")},
+            "edge_weight must be a finite number of at least 0, got nan",
+        ),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"crop": 32.0}, "crop must be a whole number of at least 1, got 32.0"),
+        ({"crop": 0}, "crop must be a whole number of at least 1, got 0"),
     ],
 )
 def test_numbers_that_no_vae_run_takes(tmp_path, values, message):

@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 from ..errors import InputError
+from ..numeric import check_finite, check_whole
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
@@ -72,18 +74,19 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).expanduser())
-        positive = ("steps", "batch_size", "save_every", "keep", "log_every")
-        for name in (*positive, "warmup_steps", "sample_every", "workers", "seed"):
-            value, least = getattr(self, name), int(name in positive)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value}")
+        check_whole(self, "steps", "batch_size", "save_every", "keep", "log_every", least=1)
+        check_whole(self, "warmup_steps", "sample_every", "workers", "seed", least=0)
+        if self.micro_batch_size is not None:
+            check_whole(self, "micro_batch_size", least=1)
+        check_finite(
+            self, "learning_rate", "min_learning_rate", "weight_decay", "ema_decay", least=0
+        )
         if not all(0 <= beta < 1 for beta in (*self.betas, self.ema_decay)):
             raise InputError("betas and ema_decay must lie in [0, 1)")
-        rates = (self.learning_rate, self.min_learning_rate, self.weight_decay)
-        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            raise InputError("learning rates and weight_decay must be finite, and not negative")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if self.max_grad_norm != math.inf:
+            check_finite(self, "max_grad_norm", least=0)
+        if self.max_grad_norm == 0:
+            raise InputError("max_grad_norm must be positive, got 0")
         for name, choices in (
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
@@ -129,13 +132,21 @@ class TrainingOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("loss_repeats", "num_samples", "sample_steps", "sample_diffusion_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number of at least 1")
-        if not 0 <= self.prompt_dropout <= 1:
+        check_whole(
+            self, "loss_repeats", "num_samples", "sample_steps", "sample_diffusion_steps", least=1
+        )
+        check_finite(self, "sample_guidance", "mask_ratio_mean")
+        check_finite(self, "prompt_dropout", "mask_ratio_std", "mask_ratio_min", least=0)
+        if self.prompt_dropout > 1:
             raise InputError(f"prompt_dropout must lie in [0, 1], got {self.prompt_dropout}")
         if not (0 < self.mask_ratio_min < 1 and self.mask_ratio_std > 0):
             raise InputError("mask_ratio_min must lie in (0, 1), and mask_ratio_std be positive")
+        ratios = NormalDist(self.mask_ratio_mean, self.mask_ratio_std)
+        if not ratios.cdf(self.mask_ratio_min) < ratios.cdf(1.0):
+            raise InputError(
+                f"mask ratios of mean {self.mask_ratio_mean} and deviation {self.mask_ratio_std} "
+                f"hardly ever lie between mask_ratio_min {self.mask_ratio_min} and 1"
+            )
         if self.activation_checkpointing not in (0, 1, 2, 3):
             raise InputError(
                 f"activation_checkpointing must be 0, 1, 2 or 3, got "
@@ -176,7 +187,7 @@ class VAETrainingOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.kl_weight, self.mse_weight, self.edge_weight) < 0:
-            raise InputError("kl_weight, mse_weight and edge_weight must not be negative")
-        if min(self.scale_clips, self.num_samples) < 1:
-            raise InputError("scale_clips and num_samples must be at least 1")
+        check_finite(self, "kl_weight", "mse_weight", "edge_weight", least=0)
+        check_whole(self, "scale_clips", "num_samples", least=1)
+        if self.crop is not None:
+            check_whole(self, "crop", least=1)

@@ -1,6 +1,5 @@
 """A small text encoder made from captions: a Phi model that predicts tokens or what they say."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..checkpoint import shared_file_mode
 from ..data.seeds import keyed_generator
 from ..devices import torch_defaults
 from ..errors import CheckpointError, DependencyError, InputError
+from ..numeric import check_finite, check_whole
 from .output_folder import make_output_folder
 from .text_objectives import LabelObjective, NextTokenObjective
 from .tokenizer import END_OF_TEXT, end_with, save_tokenizer, train_tokenizer
@@ -72,18 +72,14 @@ class TextEncoderOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (self.hidden_size, self.num_layers, self.num_heads, self.max_length)
-        if min(*sizes, self.batch_size) < 1 or min(self.steps, self.seed) < 0:
-            raise InputError("sizes must be at least 1, steps and seed not negative")
+        sizes = ("hidden_size", "num_layers", "num_heads", "max_length")
+        check_whole(self, *sizes, "batch_size", least=1)
+        check_whole(self, "steps", "seed", least=0)
+        check_whole(self, "vocab_size", least=257)
+        check_finite(self, "learning_rate", least=0)
         if self.hidden_size % (4 * self.num_heads):
             raise InputError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 * {self.num_heads} heads"
-            )
-        if self.vocab_size < 257:
-            raise InputError(f"vocab_size must be at least 257, got {self.vocab_size}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise InputError(
-                f"learning_rate (--lr) must be finite, and not negative, got {self.learning_rate}"
             )
 
 

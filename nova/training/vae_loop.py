@@ -153,7 +153,7 @@ class ClipSamples(Dataset):
                 f"height and width must be multiples of {factor} for this VAE, got "
                 f"{wanted.height} x {wanted.width}"
             )
-        if crop is not None and (crop % factor or not 0 < crop <= min(wanted.height, wanted.width)):
+        if crop is not None and (crop % factor or crop > min(wanted.height, wanted.width)):
             raise InputError(
                 f"crop must be a multiple of {factor} for this VAE, and at most the clips' "
                 f"{wanted.height} x {wanted.width}; got {crop}"
