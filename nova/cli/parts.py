@@ -72,8 +72,7 @@ def load_encoders(
     if text_encoder is not None:
         folders = text_encoder / "text_encoder", text_encoder / "tokenizer"
         encoder = TextEncoder.from_folders(*folders, max_length=text_length, torch_dtype=dtype)
-    less = "--precision bfloat16"
-    with out_of_memory("moving the encoders", less, for_pipelines=False):
+    with out_of_memory("moving the encoders", "--precision bfloat16", for_pipelines=False):
         codec.module.to(device)
         if encoder is not None:
             encoder.module.to(device)

@@ -17,15 +17,7 @@ from .engine import Engine, make_accelerator
 from .objective import NOVAObjective
 from .options import TrainingOptions
 from .parameters import check_trainable, freeze
-from .run import (
-    LESS_MEMORY,
-    OnStep,
-    Weights,
-    find_resumed,
-    in_a_run,
-    read_position,
-    run_steps,
-)
+from .run import OnStep, Weights, find_resumed, read_position, run_steps, training_run
 from .samples import StepSampler, TrainingSamples, collate, load_batches
 from .sheets import SheetConditions, load_codec, write_sample_sheet
 from .state import load_averaged_weights, load_training_state
@@ -34,7 +26,7 @@ from .state import load_averaged_weights, load_training_state
 _FIXED = ("seed", "loss_repeats", "prompt_dropout", "freeze_text_norm", "freeze_motion")
 
 
-@in_a_run(*LESS_MEMORY, "activation_checkpointing")
+@training_run(less_memory="activation_checkpointing")
 def train(
     model: NOVATransformer,
     scheduler: SchedulerConfig,

@@ -44,20 +44,21 @@ class Task(Protocol):
         ...
 
 
-# What helps any run where memory is short.
-LESS_MEMORY = ("a smaller micro_batch_size (--micro-batch-size)", 'precision="bfloat16"')
-
-
 @contextmanager
-def in_a_run(*remedies: str) -> Iterator[None]:
+def training_run(less_memory: str) -> Iterator[None]:
     """What a whole run happens in: gradients, whatever the caller has turned off; clear errors.
 
     Args:
-        remedies: against a lack of memory.
+        less_memory: what makes this kind of run take less memory, beside what helps all.
 
     Raises:
         DeviceError: memory is short, or a process that reads was lost.
     """
+    remedies = (
+        "a smaller micro_batch_size (--micro-batch-size)",
+        'precision="bfloat16"',
+        less_memory,
+    )
     memory = out_of_memory("training", *remedies, for_pipelines=False)
     with torch.inference_mode(False), memory, worker_failures():
         yield

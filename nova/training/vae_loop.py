@@ -19,15 +19,7 @@ from ..vae import CausalVideoVAE, VAEConfig
 from .engine import Engine, make_accelerator
 from .options import VAETrainingOptions
 from .parameters import check_trainable
-from .run import (
-    LESS_MEMORY,
-    OnStep,
-    Weights,
-    find_resumed,
-    in_a_run,
-    read_position,
-    run_steps,
-)
+from .run import OnStep, Weights, find_resumed, read_position, run_steps, training_run
 from .samples import StepSampler, load_batches
 from .state import load_averaged_weights, load_training_state
 
@@ -37,7 +29,7 @@ _UNREADABLE_IN_A_ROW = 100
 _FIXED = ("seed",)
 
 
-@in_a_run(*LESS_MEMORY, "a smaller crop")
+@training_run(less_memory="a smaller crop")
 def train_vae(
     vae: CausalVideoVAE,
     source: ClipSource,
