@@ -47,21 +47,20 @@ def test_samples_one_by_one(workers):
 @WORKERS
 @pytest.mark.parametrize(
     "error",
-    [
-        MediaError("x.mp4 is damaged"),
-        DependencyError("pip install it"),
-        MemoryError("short"),
-        KeyError("a bug"),
-    ],
+    [MediaError("x.mp4 is damaged"), DependencyError("pip install it"), MemoryError("short")],
 )
 def test_errors(error, workers):
-    """The package's own, and of memory, arrive as they are, and what is before them is read."""
+    """They arrive as they are, and what is before them is read."""
     batches = load(Numbers(error), workers, default_collate, batch_size=2)
     assert [next(batches).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(type(error)) as caught:
         next(batches)
-    if not isinstance(error, KeyError):
-        assert str(caught.value) == str(error)
+    assert str(caught.value) == str(error)
+
+
+def test_bugs_are_no_errors_of_the_data():
+    with pytest.raises(KeyError, match="a bug"):
+        read(Numbers(KeyError("a bug")), workers=0)
 
 
 def test_lost_processes():
