@@ -47,6 +47,14 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Training that draws no plots: one takes longer than a few steps."""
+    from nova.training import run
+
+    monkeypatch.setattr(run, "plot_metrics", lambda folder: None)
+
+
 def _tiny_folder(tmp_path_factory, size):
     from make_tiny_checkpoint import make_tiny_checkpoint
 

@@ -25,7 +25,6 @@ from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
 # What helps where memory is short.
 _LESS_MEMORY = "a smaller batch_size (--batch-size)", "a VAE in bfloat16 (--precision bfloat16)"
 
