@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from argument_types import positive_int, positive_ints
 from denoise_costs import CARDS, step_cost
 from measure import is_lost, machine, relative_error, results_file, timed, write_rows
 from rich.console import Console
@@ -32,7 +33,13 @@ from nova.schedule import FlowMatchConfig
 from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import denoise as persistent
 from nova_kernels.cuda_kernels import extension
-from nova_kernels.cuda_kernels.denoise_plan import CLUSTER_SIZES, DenoiseShape, plan_denoise
+from nova_kernels.cuda_kernels.denoise_plan import (
+    CLUSTER_SIZES,
+    DenoiseShape,
+    obstacle,
+    obstacle_of_memory,
+    plan_denoise,
+)
 from nova_kernels.errors import in_a_line
 from nova_kernels.ops.denoise import modulate
 
@@ -207,12 +214,15 @@ def predict(shape: DenoiseShape) -> list[dict[str, Any]]:
     """A row for every card of `denoise_costs`: counted, not measured."""
     rows = []
     for card in CARDS:
+        row = {"tokens": shape.tokens, "rows": shape.rows, "card": card.name}
+        reason = obstacle(shape) or obstacle_of_memory(shape, card.limits)
+        if reason is not None:
+            rows.append(row | {"refused": reason})
+            continue
         cost = step_cost(shape, card)
         rows.append(
-            {
-                "tokens": shape.tokens,
-                "rows": shape.rows,
-                "card": card.name,
+            row
+            | {
                 "blocks": cost.plan.clusters * cost.plan.cluster_size,
                 "cluster_size": cost.plan.cluster_size,
                 "weights": "streamed" if cost.weight_bytes else "on the chip",
@@ -243,13 +253,16 @@ def _cell(value: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--token-dim", type=int, default=16)
+    parser.add_argument("--width", type=positive_int, default=1280)
+    parser.add_argument("--depth", type=positive_int, default=3)
+    parser.add_argument("--token-dim", type=positive_int, default=16)
     parser.add_argument(
-        "--tokens", default="2,11,22,36,64", help="tokens of the set, one or several"
+        "--tokens",
+        type=positive_ints,
+        default=[2, 11, 22, 36, 64],
+        help="tokens of the set, one or several, such as 2,11",
     )
-    parser.add_argument("--steps", type=int, default=25, help="denoise steps")
+    parser.add_argument("--steps", type=positive_int, default=25, help="denoise steps")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU, in float32")
     parser.add_argument("--json", type=results_file, help="write the rows to this file")
@@ -258,9 +271,11 @@ def main() -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.float32 if arguments.cpu else getattr(torch, arguments.dtype)
     shapes = [
-        DenoiseShape(int(n), PASSES, arguments.width, arguments.depth, arguments.token_dim)
-        for n in arguments.tokens.split(",")
+        DenoiseShape(n, PASSES, arguments.width, arguments.depth, arguments.token_dim)
+        for n in arguments.tokens
     ]
+    if arguments.token_dim % PATCH_SIZE**2:
+        parser.error(f"--token-dim must be a multiple of {PATCH_SIZE**2}")
     facts = machine(device)
     sizes = f"width {arguments.width}, depth {arguments.depth}, {PASSES} passes"
     with torch.no_grad():

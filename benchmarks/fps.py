@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from argument_types import positive_float
 from card_facts import card_facts
 from ceilings import measure_ceilings
 from fps_measure import measure
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="timed runs of each sampler")
     add(
         "--seconds",
-        type=float,
+        type=positive_float,
         help="begin no third or later turn of the samplers after so many, at one batch size; "
         "default: 120 on a GPU, 20 on a CPU, with --repeats none",
     )

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from argument_types import positive_float, positive_int
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,6 +37,11 @@ def measure_vae(arguments: argparse.Namespace) -> dict[str, Any]:
     frames, height, width = arguments.frames, arguments.height, arguments.width
     if (frames - 1) % config.temporal_factor:
         raise SystemExit(f"--frames must be 1 + {config.temporal_factor} n, got {frames}")
+    if height % config.spatial_factor or width % config.spatial_factor:
+        raise SystemExit(
+            f"--height and --width must be multiples of {config.spatial_factor}, got "
+            f"{height} and {width}"
+        )
     torch.manual_seed(0)
     vae = CausalVideoVAE(config, tile_latents=arguments.tile_latents)
     vae.to(arguments.device, getattr(torch, arguments.dtype)).eval()
@@ -124,25 +131,33 @@ def build_parser() -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", required=True)
 
     vae = parts.add_parser("vae", parents=[common], help="the video VAE alone")
-    vae.add_argument("--frames", type=int, default=33)
-    vae.add_argument("--height", type=int, default=480)
-    vae.add_argument("--width", type=int, default=768)
+    vae.add_argument("--frames", type=positive_int, default=33)
+    vae.add_argument("--height", type=positive_int, default=480)
+    vae.add_argument("--width", type=positive_int, default=768)
     vae.add_argument("--encode", action="store_true", help="encode in place of decode")
-    vae.add_argument("--tile-latents", type=int, default=5, help="latent frames of a tile")
-    vae.add_argument("--tile-pixels", type=int, help="cut frames into square tiles of this size")
+    vae.add_argument("--tile-latents", type=positive_int, default=5, help="latent frames of a tile")
+    vae.add_argument(
+        "--tile-pixels", type=positive_int, help="cut frames into square tiles of this size"
+    )
     vae.add_argument(
         "--memory-budget",
-        type=float,
+        type=positive_float,
         help="GB for hidden tensors; default 6 on a CPU, most of the free memory on a GPU",
     )
 
     sampling = parts.add_parser("sampling", parents=[common], help="the transformer alone")
     sampling.add_argument("--geometry", help="a size of nova.config.NAMED_CONFIGS")
-    sampling.add_argument("--batch", type=int, default=1)
-    sampling.add_argument("--latents", type=int, help="latent frames; default 9 (33 frames) or 5")
-    sampling.add_argument("--steps", type=int, default=64, help="autoregressive steps a frame")
-    sampling.add_argument("--diffusion-steps", type=int, default=25)
-    sampling.add_argument("--sets", type=int, help="stop after so many sets of the first frame")
+    sampling.add_argument("--batch", type=positive_int, default=1)
+    sampling.add_argument(
+        "--latents", type=positive_int, help="latent frames; default 9 (33 frames) or 5"
+    )
+    sampling.add_argument(
+        "--steps", type=positive_int, default=64, help="autoregressive steps a frame"
+    )
+    sampling.add_argument("--diffusion-steps", type=positive_int, default=25)
+    sampling.add_argument(
+        "--sets", type=positive_int, help="stop after so many sets of the first frame"
+    )
     return parser
 
 
@@ -165,19 +180,18 @@ def earlier_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.worker:
         sys.path.insert(0, str(ROOT))
+        from nova.devices import check_device
         from nova.errors import NovaError
 
         try:
+            check_device(arguments.device)
             print(json.dumps(PARTS[arguments.part](arguments)))
         except NovaError as error:
             raise SystemExit(str(error)) from error
         return
-    if arguments.part == "sampling" and arguments.batch < 1:
-        parser.error(f"--batch must be at least 1, got {arguments.batch}")
     rows = [] if arguments.json is None else earlier_rows(arguments.json)
     # On some systems a process starts with its parent's peak, so this one must not import torch,
     # nor `measure`, which does.

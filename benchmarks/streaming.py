@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from argument_types import positive_float
 from card_facts import card_facts
 from fps_plot import check_plot
 from fps_rows import Row, workload_name
@@ -148,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--latents", type=int, help="latent frames T")
     add("--steps", type=int, help="autoregressive steps A of a frame")
     add("--diffusion-steps", type=int, help="diffusion steps D")
-    add("--rate", type=float, default=DEFAULT_FPS, help="frames a second of the player")
+    add("--rate", type=positive_float, default=DEFAULT_FPS, help="frames a second of the player")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"])
     add(
@@ -181,8 +182,6 @@ def main() -> int:
             num_diffusion_steps=arguments.diffusion_steps,
             repeats=arguments.repeats,
         )
-        if not arguments.rate > 0:
-            raise nova.InputError(f"--rate must be above 0, got {arguments.rate}")
         if arguments.plot:
             check_plot(arguments.plot)
         for path in (arguments.json, arguments.plot):

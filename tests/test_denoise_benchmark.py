@@ -92,6 +92,34 @@ def test_it_measures_on_a_cpu_after_a_gate(tmp_path, monkeypatch, capsys):
     assert "wrong: error" in json.loads(file.read_text())["rows"][0]["refused"]
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tokens", "2,"], "'2,' is no list of whole numbers of at least 1, such as 2,11"),
+        (["--tokens", "0"], "'0' is no list of whole numbers"),
+        (["--depth", "x"], "'x' is no whole number of at least 1"),
+        (["--token-dim", "6"], "--token-dim must be a multiple of 4"),
+    ],
+)
+def test_bad_options(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["denoise.py", *words])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--width", "40"], ["--depth", "99"], ["--tokens", "999"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
+def test_nothing_is_predicted_of_sizes_that_one_launch_does_not_take(
+    tmp_path, monkeypatch, capsys, words
+):
+    file = tmp_path / "denoise.json"
+    monkeypatch.setattr(sys, "argv", ["denoise.py", *words, "--json", str(file)])
+    assert benchmark.main() == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert rows and all("it takes" in row["refused"] for row in rows)
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_one_launch_comes_last_and_its_failure_loses_nothing(
     tmp_path, monkeypatch, capsys, is_lost

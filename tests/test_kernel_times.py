@@ -28,6 +28,23 @@ def test_operators_of_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "options, what, dtype",
+    [
+        ((), "tiny-video, batch 1, 14 sets, exact", "float32"),
+        (("--run-latents", 2), "tiny-video, batch 1, 28 sets, exact", "float32"),
+        (("--batch", 2, "--sampler", "plain"), "tiny-video, batch 2, 14 sets, plain", "float32"),
+        (("--dtype", "bfloat16"), "tiny-video, batch 1, 14 sets, exact", "bfloat16"),
+    ],
+)
+def test_options(tmp_path, monkeypatch, capsys, options, what, dtype):
+    file = tmp_path / "times.json"
+    monkeypatch.setattr(kernel_times, "kernel_times", lambda *_: ([], 1.0))
+    assert run(monkeypatch, "--geometry", "tiny-video", "--json", file, *options) == 0
+    facts = json.loads(file.read_text())["machine"]
+    assert (facts["run"], facts["dtype"]) == (what, dtype)
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         (("--batch", 0), "batches must be at least 1"),

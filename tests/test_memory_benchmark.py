@@ -1,9 +1,13 @@
-"""benchmarks/memory.py: what it says before it measures."""
+"""benchmarks/memory.py: what its options are for, what it says before it measures, its rows."""
 
 import json
 
 import memory
 import pytest
+import torch
+from make_tiny_checkpoint import VAE_CONFIG
+
+from nova.vae import CausalVideoVAE, VAEConfig
 
 
 def test_results_of_others_are_not_written_over(tmp_path):
@@ -17,15 +21,67 @@ def test_results_of_others_are_not_written_over(tmp_path):
         memory.main(["sampling", "--json", str(tmp_path / "file" / "memory.json")])
 
 
-def test_no_videos_at_all(capsys):
+@pytest.mark.parametrize(
+    "part, option, value, message",
+    [
+        ("sampling", "--batch", "0", "'0' is no whole number of at least 1"),
+        ("sampling", "--sets", "0", "'0' is no whole number of at least 1"),
+        ("vae", "--frames", "-3", "'-3' is no whole number of at least 1"),
+        ("vae", "--memory-budget", "nan", "'nan' is no finite number above 0"),
+    ],
+)
+def test_bad_numbers(capsys, part, option, value, message):
     with pytest.raises(SystemExit):
-        memory.main(["sampling", "--batch", "0"])
-    assert "--batch must be at least 1, got 0" in capsys.readouterr().err
+        memory.main([part, option, value])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
-def test_a_clip_that_latents_do_not_cover():
-    with pytest.raises(SystemExit, match=r"--frames must be 1 \+ 4 n, got 16"):
-        memory.main(["vae", "--frames", "16", "--worker"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["vae", "--frames", "16"], r"--frames must be 1 \+ 4 n, got 16"),
+        (
+            ["vae", "--height", "100"],
+            "--height and --width must be multiples of 8, got 100",
+        ),
+        (["vae", "--tile-latents", "1"], "tile_latents must be at least 2"),
+        (["vae", "--tile-pixels", "20"], "do not fit the VAE: use multiples of 8"),
+        (["sampling", "--geometry", "tiny-class"], "tiny-class takes no text"),
+        (["sampling", "--device", "tpu"], "'tpu' is no device"),
+    ],
+)
+def test_what_cannot_be_measured(monkeypatch, words, message):
+    monkeypatch.setattr(VAEConfig, "osp", lambda: VAE_CONFIG)
+    with pytest.raises(SystemExit, match=message):
+        memory.main([*words, "--worker"])
+
+
+@pytest.mark.parametrize(
+    "words, call, shape, attributes",
+    [
+        ([], "decode", (1, 4, 3, 4, 6), {"tile_latents": 5}),
+        (["--encode"], "encode", (1, 3, 9, 32, 48), {}),
+        (["--tile-latents", "2"], "decode", (1, 4, 3, 4, 6), {"tile_latents": 2}),
+        (["--memory-budget", "0.5"], "decode", (1, 4, 3, 4, 6), {"memory_budget": 500_000_000}),
+        (["--dtype", "bfloat16"], "decode", (1, 4, 3, 4, 6), {"dtype": torch.bfloat16}),
+    ],
+)
+def test_options_of_the_vae(monkeypatch, capsys, words, call, shape, attributes):
+    seen = []
+    for name in ("decode", "encode"):
+
+        def record(vae, x, name=name):
+            seen.append((name, tuple(x.shape), vae))
+
+        monkeypatch.setattr(CausalVideoVAE, name, record)
+    monkeypatch.setattr(VAEConfig, "osp", lambda: VAE_CONFIG)
+    size = ["--frames", "9", "--height", "32", "--width", "48"]
+    memory.main(["vae", *size, *words, "--worker"])
+    ((name, of, vae),) = seen
+    assert (name, of) == (call, shape)
+    assert {name: getattr(vae, name) for name in attributes} == attributes
+    row = json.loads(capsys.readouterr().out)
+    assert (row["what"], row["geometry"]) == (f"vae {call}", "9 x 32 x 48")
 
 
 def test_rows_are_added(tmp_path):

@@ -219,8 +219,8 @@ def test_random_weights(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rate", "0"], "--rate must be above 0"),
-        (["--rate", "nan"], "--rate must be above 0"),
+        (["--rate", "0"], "'0' is no finite number above 0"),
+        (["--rate", "inf"], "'inf' is no finite number above 0"),
         (["--cuda-graphs"], "CUDA graphs need a GPU"),
         (["--latents", "0"], "num_frames must be at least 1"),
         (["--geometry", "x"], "no size named 'x'"),
