@@ -1,15 +1,12 @@
-"""benchmarks/fps.py: workloads, gate, rows, stages, tables and pictures."""
+"""What benchmarks/fps.py is made of: workloads, gate, rows, stages, tables and pictures."""
 
 import copy
-import json
 import re
-import sys
 from dataclasses import replace
 from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
-import fps
 import fps_measure
 import fps_memory
 import fps_runs
@@ -48,7 +45,7 @@ from nova.plain_sampling import generate_frames_plain
 from nova.sampling import generate_frames
 from nova.step_hooks import StepProgress
 from nova_kernels import onednn
-from nova_kernels.dispatch import VARIABLE, Op
+from nova_kernels.dispatch import Op
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny-video", 2, 3, num_diffusion_steps=2, repeats=2, vae="tiny")
@@ -119,20 +116,6 @@ def test_too_little_memory_for_what_is_timed_by_itself(monkeypatch):
     assert plain["fps"] > 0 and plain["vae_s"] is None and plain["fps_with_vae"] is None
     assert "stages_s" not in exact
     assert said[-2:] == [f"not enough memory to time the {what}" for what in ("VAE", "stages")]
-
-
-def test_an_end_that_is_not_well_loses_no_rows(monkeypatch, tmp_path):
-    def broken(*arguments):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(fps_measure, "stage_seconds", broken)
-    path = tmp_path / "fps.json"
-    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu", "--json", str(path)])
-    with pytest.raises(RuntimeError, match="illegal"):
-        fps.main()
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["sampler"], row["batch"]) for row in rows] == [(PLAIN, 1), (EXACT, 1)]
 
 
 def test_plain_that_is_not_a_number():
@@ -555,112 +538,3 @@ def test_formats_of_a_plot():
     for name in ("fps", "fps.mp4"):
         with pytest.raises(InputError, match=rf"{name}: the name must end in one of .*\.png"):
             check_plot(Path(name))
-
-
-def test_command(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "fps.json"
-    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
-    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setenv(VARIABLE, "reference")
-    monkeypatch.setattr(
-        sys, "argv", [*command.split(), "--latents", "2", "--device", "cpu", "--json", str(file)]
-    )
-    assert fps.main() == 0
-    assert not torch.backends.cudnn.allow_tf32
-    content = json.loads(file.read_text())
-    assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2]
-    assert {row["backend"] for row in content["rows"]} == {"reference"}
-    assert content["machine"]["matmul_TFLOP_per_s"] > 0
-    printed = capsys.readouterr()
-    assert "Stages of the exact sampler" in printed.out
-    # Of a batch size at once; all tables come in the end.
-    plain, exact = (f"{row['fps']:.3g}" for row in content["rows"][2:])
-    assert f"  frames a second: plain {plain}; exact {exact}\n" in printed.err
-
-
-def test_command_fails_where_a_sampler_is_wrong(monkeypatch, capsys):
-    command = "fps.py --geometry tiny-video --batch 1 --steps 2 --diffusion-steps 2 --repeats 1"
-    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr("fps_samplers.generate_frames", wrong_sampler)
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
-    assert fps.main() == 1
-
-
-def test_command_goes_on_where_memory_is_short(monkeypatch, capsys):
-    def plain(model, conditioning, **options):
-        if conditioning.batch_size > 1:
-            raise torch.OutOfMemoryError
-        return generate_frames_plain(model, conditioning, **options)
-
-    command = "fps.py --geometry tiny-video --batch 1 2 --steps 2 --diffusion-steps 2 --repeats 1"
-    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr("fps_samplers.generate_frames_plain", plain)
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
-    assert fps.main() == 0
-    said = capsys.readouterr()
-    assert "batch 2 ...\nnot enough memory" in said.err and "Stages of the exact" in said.out
-    monkeypatch.setattr(sys, "argv", [*command.replace(" 1 2 ", " 2 ").split(), "--device", "cpu"])
-    assert fps.main() == 1
-
-
-def test_bad_options_of_the_command(monkeypatch, capsys):
-    for arguments, message in (
-        (["--geometry", "tiny-class"], "takes class labels"),
-        (["--batch", "0"], "batches must be at least 1"),
-        (["--model", "shapes", "--geometry", "small-video"], "not both"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["fps.py", *arguments, "--device", "cpu"])
-        monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
-        with pytest.raises(SystemExit):
-            fps.main()
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_files_that_cannot_be_written_are_refused_before_measuring(
-    monkeypatch, capsys, tmp_path, option
-):
-    if option == "--plot":
-        pytest.importorskip("matplotlib")
-    monkeypatch.setattr(fps, "measure_ceilings", None)
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "file").write_text("")
-    for target in ("folder.png", "file/fps.png", f"{'long' * 99}.png"):
-        path = str(tmp_path / target)
-        monkeypatch.setattr(sys, "argv", ["fps.py", "--device", "cpu", option, path])
-        with pytest.raises(SystemExit):
-            fps.main()
-        assert f"{path} cannot be written: " in capsys.readouterr().err
-
-
-def test_checking_a_file_changes_nothing(tmp_path):
-    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
-    there.write_text("earlier")
-    fps.check_file(there)
-    fps.check_file(new)
-    assert there.read_text() == "earlier" and not new.exists()
-
-
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_is_a_bad_option(monkeypatch, capsys, backend):
-    command = "fps.py --geometry tiny-video --batch 1 --steps 2 --device cpu --backend"
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # else Triton runs on CPUs too
-    monkeypatch.setattr("ceilings.MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr(sys, "argv", [*command.split(), backend])
-    with pytest.raises(SystemExit):
-        fps.main()
-    assert "cannot run: " in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_command_on_a_gpu(tmp_path, monkeypatch):
-    file = tmp_path / "fps.json"
-    command = "fps.py --geometry tiny-video --batch 1 --steps 4 --repeats 1 --dtype float32"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(file)])
-    monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "cache"))
-    assert fps.main() == 0
-    content = json.loads(file.read_text())
-    samplers = [PLAIN, PLAIN_COMPILED, EXACT, EXACT_COMPILED, GRAPHS, GRAPHS_COMPILED, TUNED]
-    assert [row["sampler"] for row in content["rows"]] == samplers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import Calls
 from make_tiny_checkpoint import VAE_CONFIG
 from safetensors.torch import load_file
 from small_models import SMALL, small_image_codec
@@ -96,19 +97,6 @@ OF_PYTHON = {
     VAETrainingOptions: {"min_learning_rate", "betas", "optimizer", "scale_clips", "num_samples"},
     TextEncoderOptions: {"max_length"},
 }  # fmt: skip
-
-
-class Calls(list):
-    """What a function of the package was called with, in place of its work."""
-
-    def __init__(self, monkeypatch, owner, name, result):
-        super().__init__()
-
-        def record(*args, **kwargs):
-            self.append((args, kwargs))
-            return result
-
-        monkeypatch.setattr(owner, name, record)
 
 
 def command(*arguments, exit_code=0):
