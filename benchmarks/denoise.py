@@ -36,10 +36,10 @@ from nova_kernels.cuda_kernels import extension
 from nova_kernels.cuda_kernels.denoise_plan import (
     CLUSTER_SIZES,
     DenoiseShape,
-    obstacle,
     obstacle_of_memory,
     plan_denoise,
 )
+from nova_kernels.cuda_kernels.denoise_plan import obstacle as obstacle_of_shape
 from nova_kernels.errors import in_a_line
 from nova_kernels.ops.denoise import modulate
 
@@ -215,7 +215,7 @@ def predict(shape: DenoiseShape) -> list[dict[str, Any]]:
     rows = []
     for card in CARDS:
         row = {"tokens": shape.tokens, "rows": shape.rows, "card": card.name}
-        reason = obstacle(shape) or obstacle_of_memory(shape, card.limits)
+        reason = obstacle_of_shape(shape) or obstacle_of_memory(shape, card.limits)
         if reason is not None:
             rows.append(row | {"refused": reason})
             continue

@@ -69,7 +69,8 @@ OF_MEASURING = {
     ("--no-stages",): ("stages", False),
     ("--seconds", 2.5): ("seconds", 2.5),
 }
-# Of each: with no option at all on a CPU.
+OPTIONS = OF_WORKLOADS | OF_SAMPLERS | OF_MEASURING
+# What arrives of each with no option at all, on a CPU.
 DEFAULTS = dict.fromkeys((name for name, _ in OF_WORKLOADS.values()), None) | {
     **dict.fromkeys((name for name, _ in OF_SAMPLERS.values()), False),
     **{"dtype": torch.float32, "backend": "auto", "stages": True, "seconds": 20.0},
@@ -101,16 +102,16 @@ def arrived(monkeypatch, run):
     return arrived
 
 
-@pytest.mark.parametrize("words", OF_WORKLOADS | OF_SAMPLERS | OF_MEASURING, ids=str)
+@pytest.mark.parametrize("words", OPTIONS, ids=str)
 def test_an_option_changes_what_it_is_for_alone(arrived, words):
-    name, value = (OF_WORKLOADS | OF_SAMPLERS | OF_MEASURING)[words]
+    name, value = OPTIONS[words]
     # Who says how many runs there are does not have them cut short.
     others = {"seconds": None} if name == "repeats" else {}
     assert arrived(*words) == DEFAULTS | others | {name: value}
 
 
 def test_every_option_is_tested():
-    tested = {words[0] for words in OF_WORKLOADS | OF_SAMPLERS | OF_MEASURING}
+    tested = {words[0] for words in OPTIONS}
     tested |= {"--device", "--json", "--plot", "--help"}  # by the tests below
     for action in fps.build_parser()._actions:
         assert tested & set(action.option_strings), action.option_strings

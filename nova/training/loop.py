@@ -39,8 +39,8 @@ def train(
 
     Args:
         model: float32, what to start from. It is trained in place; a resumed run puts the
-            weights of its checkpoint into it. All its parameters become trainable, as a pipeline
-            freezes them, but for what `parameters.freeze` names. Parts may be wrapped by
+            weights of its checkpoint into it. Parameters that were frozen, as those of a pipeline
+            are, become trainable, but for what `parameters.freeze` names. Parts may be wrapped by
             torch.compile.
         scheduler: how noise is added, and the sampler of the checkpoints.
         data: encoded clips; their geometry decides between images and clips.
