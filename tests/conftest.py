@@ -1,5 +1,6 @@
 """Shared fixtures: small checkpoint folders, a fresh compiler; skipping what needs a GPU."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 if not torch.cuda.is_available():
     # Triton reads it when kernels are defined; its interpreter runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from triton_interpreter import patch_language_once
+
+        patch_language_once()
 else:
     # A smaller example of a failure would take minutes: each has kernels to compile.
     settings.register_profile("gpu", phases=[phase for phase in Phase if phase is not Phase.shrink])
