@@ -1,86 +1,21 @@
-"""What is built and shipped, with and without a CUDA compiler. Needs no GPU.
+"""What is built and shipped, and what is said where that is not possible. Needs no nvcc.
 
-Every build runs in a copy, with this environment's own build tools; one runs in an environment that
-pip makes for it, where a package index can be reached.
+Every build runs in a copy, with this environment's own build tools.
 """
 
 import ast
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("nova", "nova_kernels")
-# Enough for a build; a copy of these is a checkout as far as packaging is concerned.
-SOURCES = (*PACKAGES, "csrc", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml")
-SOURCES += ("setup.py", "README.md")
+from builds import PACKAGES, ROOT, build_info_of, build_wheel, make_checkout, run
 
 needs_cxx = pytest.mark.skipif(
     not (shutil.which("c++") and shutil.which("cmake")), reason="needs a C++ compiler and cmake"
 )
-needs_nvcc = pytest.mark.skipif(
-    not (shutil.which("nvcc") and shutil.which("cmake")), reason="needs nvcc and cmake"
-)
-
-
-def run(*command, cwd, **environment):
-    """Runs this Python with arguments; variables given as None are unset.
-
-    Without the C++ extension, unless a test asks for it: it is not what most of them are about.
-    """
-    variables = {
-        **os.environ,
-        "NOVA_CUDA_ARCHS": "80-real",
-        "NOVA_CPP": "0",
-        # No kernel is run: compiled without optimisation they take a third of the time.
-        "NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O0",
-        **environment,
-    }
-    variables = {name: value for name, value in variables.items() if value is not None}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def build_wheel(source, out, isolated=False, **environment):
-    """The finished process, and the wheel's path (None if there is none)."""
-    pip = ["-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", out]
-    if not isolated:
-        pip += ["--no-build-isolation", "--no-index"]
-    process = run(*pip, source, cwd=source, **environment)
-    return process, next(out.glob("*.whl"), None)
-
-
-def build_info_of(wheel, folder):
-    """What nova_kernels says of itself and its GPUs, installed in a new, empty environment."""
-    process = run("-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    assert process.returncode == 0, process.stdout
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    code = "import nova_kernels; from nova_kernels.build import devices;"
-    code += "print(nova_kernels.build_info(), devices())"
-    pip = [sys.executable, "-m", "pip", "--python", python]  # one of its own takes seconds
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
-    outputs = [
-        subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-        for command in (
-            [*pip, "install", "--no-index", "--no-deps", wheel],
-            [python, "-c", code],
-        )
-    ]
-    assert all(output.returncode == 0 for output in outputs), outputs
-    return outputs[-1].stdout
 
 
 @pytest.fixture
@@ -93,16 +28,7 @@ def no_compiler(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A fresh copy of the files that a build reads."""
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy / name)
-    return copy
+    return make_checkout(tmp_path)
 
 
 def test_setup_py_imports_no_torch():
@@ -296,19 +222,6 @@ def test_broken_cpp_source(checkout, tmp_path):
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("WARNING: installing without the C++ extension") == 1
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-
-
-@needs_nvcc
-def test_cuda_wheel(checkout, tmp_path):
-    """The extension is in the wheel, and loads on a machine without a driver."""
-    process, wheel = build_wheel(checkout, tmp_path, isolated=True, NOVA_CUDA="1")
-    if process.returncode != 0 and "No matching distribution found" in process.stdout:
-        process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="1")  # there is no index
-    assert process.returncode == 0, process.stdout
-    assert process.stdout.count("built the CUDA extension") == 1
-    printed = build_info_of(wheel, tmp_path / "new")
-    assert "'cuda_extension': True, 'error': None" in printed
-    assert "'architectures': ['80-real']" in printed and printed.endswith("[]\n")
 
 
 @needs_cxx
