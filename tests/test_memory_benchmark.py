@@ -6,6 +6,7 @@ import memory
 import pytest
 import torch
 from make_tiny_checkpoint import VAE_CONFIG
+from random_model import RandomModelRun
 
 from nova.vae import CausalVideoVAE, VAEConfig
 
@@ -79,6 +80,38 @@ def test_options_of_the_vae(monkeypatch, capsys, words, call, shape, attributes)
     assert {name: getattr(vae, name) for name in attributes} == attributes
     row = json.loads(capsys.readouterr().out)
     assert (row["what"], row["geometry"]) == (f"vae {call}", "9 x 32 x 48")
+
+
+@pytest.mark.parametrize(
+    "words, option, value, named",
+    [
+        (["--batch", "3"], "batch", 3, "batch 3"),
+        (["--latents", "2"], "num_frames", 2, "T=2"),
+        (["--steps", "4"], "num_steps", 4, "A=4"),
+        (["--diffusion-steps", "7"], "num_diffusion_steps", 7, "D=7"),
+        (["--sets", "2"], "num_sets", 2, "2 of "),
+        (["--dtype", "bfloat16"], "dtype", torch.bfloat16, ""),
+    ],
+)
+def test_options_of_sampling(monkeypatch, capsys, words, option, value, named):
+    made = []
+
+    class Recorded(RandomModelRun):
+        def __init__(self, name, **options):
+            made.append((name, options))
+            super().__init__(name, **options)
+
+        def sample(self):
+            pass
+
+    monkeypatch.setattr("random_model.RandomModelRun", Recorded)
+    for options in ([], words):
+        memory.main(["sampling", "--geometry", "tiny-video", *options, "--worker"])
+    (first, usual), (second, asked) = made
+    assert first == second == "tiny-video"
+    assert asked == {**usual, option: value} and usual[option] != value
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["what"] == "sampling" and named in row["geometry"]
 
 
 def test_rows_are_added(tmp_path):
