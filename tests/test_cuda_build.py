@@ -26,32 +26,31 @@ THREADS = re.compile(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", re.DOTALL)
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (shutil.which("nvcc") and shutil.which("cmake")), reason="needs nvcc and cmake"
-    ),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
 ]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A build: log, wheel, and the folder of the compiler's intermediate files.
+    """A build: log, wheel, and the checkout with the compiler's intermediate files.
 
     In an environment that pip makes for it, where a package index can be reached.
     """
     folder = tmp_path_factory.mktemp("cuda")
-    checkout, intermediate = make_checkout(folder), folder / "intermediate"
-    intermediate.mkdir()
+    checkout = make_checkout(folder)
     environment = {
         "NOVA_CUDA": "1",
         "NOVA_CUDA_ARCHS": ";".join(f"{architecture}-real" for architecture in ARCHITECTURES),
-        "NVCC_APPEND_FLAGS": f"-Xptxas -v -keep -keep-dir {intermediate}",
+        "NVCC_APPEND_FLAGS": "-Xptxas -v -keep",
         "MAX_JOBS": "1",  # what compilers say does not mix
     }
     process, wheel = build_wheel(checkout, folder, isolated=True, **environment)
     if process.returncode != 0 and "No matching distribution found" in process.stdout:
-        process, wheel = build_wheel(checkout, folder, **environment)  # there is no index
+        if shutil.which("cmake") is None:
+            pytest.skip("needs cmake, or an index that has it")
+        process, wheel = build_wheel(checkout, folder, **environment)
     assert process.returncode == 0, process.stdout
-    return SimpleNamespace(log=process.stdout, wheel=wheel, intermediate=intermediate)
+    return SimpleNamespace(log=process.stdout, wheel=wheel, checkout=checkout)
 
 
 def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(built, tmp_path):
@@ -65,7 +64,7 @@ def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(built, tmp_pat
 def test_kernels_do_not_spill_and_fit_a_block(built, source):
     threads = {}
     for architecture in ARCHITECTURES:
-        ptx = built.intermediate / f"{source}.compute_{architecture}.ptx"
+        (ptx,) = built.checkout.rglob(f"{source}.compute_{architecture}.ptx")
         threads[str(architecture)] = dict(THREADS.findall(ptx.read_text()))
     names = threads[str(ARCHITECTURES[0])].keys()
     assert all(found.keys() == names for found in threads.values())
