@@ -161,6 +161,37 @@ def test_which_path_is_taken(vae, monkeypatch):
         assert run(0) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.down_blocks.0.resnets.0.conv1",
+        "encoder.down_blocks.1.downsamplers.0",
+        "decoder.up_blocks.0.upsamplers.0",
+        "decoder.conv_norm_out",
+        "decoder",
+    ],
+)
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_layers_that_somebody_altered(vae, name, way):
+    """Their hooks and `forward` count, however little memory there is."""
+    pixels, latents = pixels_of(1, 3, 5, 16, 24), latents_of(1, 2, 3)
+    before = vae.encode_moments(pixels)[0], vae.decode(latents)
+    layer = vae.get_submodule(name)
+    if way == "hook":
+        layer.register_forward_hook(lambda layer, given, output: output.roll(1, dims=1))
+    else:
+        forward = layer.forward
+        layer.forward = lambda *given: forward(*given).roll(1, dims=1)
+    results = []
+    for budget in (None, 0):
+        vae.memory_budget = budget
+        results.append((vae.encode_moments(pixels)[0], vae.decode(latents)))
+    is_decoder = name.startswith("decoder")
+    assert relative_error(results[0][is_decoder], before[is_decoder]) > 0.01
+    for plain, lean in zip(*results, strict=True):
+        assert relative_error(lean, plain) < 1e-5
+
+
 def test_frame_by_frame_of_half_precision(vae):
     latents = latents_of(2, 2, 3)
     exact = vae.decode(latents)
@@ -557,7 +588,7 @@ def test_less_memory_than_counted(budget, monkeypatch):
     pixels, latents = torch.rand(1, 3, 5, 32, 32) * 2 - 1, torch.randn(1, 4, 3, 4, 4)
     with torch.no_grad():
         expected = vae.encode_moments(pixels)[0], vae.decode_unscaled(latents)
-        for part in (vae.encoder, vae.decoder):
+        for part in (type(vae.encoder), type(vae.decoder)):
             monkeypatch.setattr(part, "forward", fails_once(part.forward))
         if budget is None:
             with pytest.raises(torch.OutOfMemoryError):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..altered_layers import is_altered
 from ..errors import InputError
 from ..noise import Generators, NoiseSource
 from .config import VAEConfig
@@ -32,7 +33,8 @@ class CausalVideoVAE(nn.Module):
     `first_frame_alone`.
 
     Without gradients, a tile whose plain forward pass would take more than `memory_budget` bytes
-    is computed frame by frame instead (see `framewise`), with the same result to rounding.
+    is computed frame by frame instead (see `framewise`), with the same result to rounding; not so
+    where a layer has hooks or a replaced `forward`, which only the plain pass runs.
 
     Args:
         config: geometry.
@@ -214,7 +216,7 @@ class CausalVideoVAE(nn.Module):
         largest = pixels[:, 0].numel() * self.config.block_out_channels[0]
 
         def encode(budget: float) -> Tensor:
-            if self._plain_bytes(largest) > budget:
+            if self._is_framewise(self.encoder, largest, budget):
                 return encode_framewise(self.encoder, pixels)
             return self.encoder(pixels)
 
@@ -235,7 +237,7 @@ class CausalVideoVAE(nn.Module):
         largest = pixels * max(config.block_out_channels[:2])
 
         def decode(budget: float) -> Tensor:
-            if self._plain_bytes(largest) > budget:
+            if self._is_framewise(self.decoder, largest, budget):
                 return decode_framewise(self.decoder, latents, budget)
             return self.decoder(latents)
 
@@ -252,9 +254,14 @@ class CausalVideoVAE(nn.Module):
                 raise
         return compute(0)
 
-    def _plain_bytes(self, largest: int) -> int:
-        """What the plain forward pass takes: some four copies of its largest tensor."""
-        return 4 * largest * self.dtype.itemsize
+    def _is_framewise(self, part: nn.Module, largest: int, budget: float) -> bool:
+        """Whether the plain forward pass of a part is too large, and not the only one it has.
+
+        It takes some four copies of its largest tensor, of so many elements.
+        """
+        plain_bytes = 4 * largest * self.dtype.itemsize
+        # Frame by frame, layers are not called themselves.
+        return plain_bytes > budget and not any(map(is_altered, part.modules()))
 
     def _budget(self) -> float:
         """Bytes that hidden tensors may take now."""
