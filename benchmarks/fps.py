@@ -30,7 +30,7 @@ from fps_workloads import choose_workloads
 from measure import check_file, machine, write_rows
 from reference_package import DIFFNEXT, import_reference
 
-from nova.devices import check_device, free_memory
+from nova.devices import check_device, free_memory, is_out_of_memory
 from nova.errors import NovaError
 from nova_kernels.dispatch import BACKENDS
 from nova_kernels.errors import BackendError
@@ -173,7 +173,9 @@ def main() -> int:
                 )
             except (NovaError, BackendError) as error:
                 parser.error(str(error))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 print("not enough memory", file=sys.stderr, flush=True)
             finished = results.finish_batch()
             print(f"  frames a second: {speeds(finished)}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from measure import relative_error, timed
 from random_model import RandomModelRun
 from torch import Tensor
 
-from nova.devices import free_memory
+from nova.devices import free_memory, is_out_of_memory
 from nova.plain_sampling import generate_frames_plain
 
 # Outputs of all samplers must agree with plain's to this relative error.
@@ -107,7 +107,9 @@ def first_tokens_in_float32(
     try:
         tokens, seconds = timed(compute, device)
         say(f"the first sets in float32: {seconds:.3g} s")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         tokens = None
         say("not enough memory to compare with float32")
     # Only here is the error gone, whose traceback refers to the attempt's memory.

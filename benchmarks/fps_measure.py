@@ -17,6 +17,7 @@ from fps_workloads import Workload
 from random_model import RandomModelRun
 from work_counts import TEXT, VAE, total
 
+from nova.devices import is_out_of_memory
 from nova_kernels.dispatch import requested
 
 
@@ -105,7 +106,9 @@ def _if_memory_suffices(
     """What a call gives; None, and a word, where memory runs out."""
     try:
         return call()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         say(f"not enough memory to time the {what}")
     return None
 

@@ -12,6 +12,7 @@ from measure import held_bytes, synchronize
 from random_model import RandomModelRun
 from torch import Tensor
 
+from nova.devices import is_out_of_memory
 from nova_kernels.errors import in_a_line
 
 
@@ -139,7 +140,7 @@ def run_samplers(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "not enough memory"
     return f"failed: {in_a_line(error)}"
 

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
+from nova_kernels.errors import is_out_of_gpu_memory
+
 from .checkpoint import WEIGHT_DTYPES
 from .errors import DeviceError, InputError
 
-# What a RuntimeError says when memory is short, where it is not a torch.OutOfMemoryError.
-OUT_OF_MEMORY_MESSAGES = (
-    "DefaultCPUAllocator",  # who says so on a CPU
-    "MPS backend out of memory",
-    "CUDA error: out of memory",  # of allocations beside torch's own
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
+# What a RuntimeError says when memory is short, on a CPU and on Apple's GPUs.
+OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "MPS backend out of memory")
 
 
 def check_device(device: str | torch.device | int) -> torch.device:
@@ -76,8 +73,10 @@ def default_device() -> torch.device:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it was raised because a GPU's or the CPU's memory is short."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        message in str(error) for message in OUT_OF_MEMORY_MESSAGES
+    return (
+        isinstance(error, MemoryError)
+        or is_out_of_gpu_memory(error)
+        or any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
     )
 
 
@@ -95,7 +94,7 @@ def out_of_memory(doing: str, *remedies: str, for_pipelines: bool = True) -> Ite
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        on_gpu = is_out_of_gpu_memory(error)
         if for_pipelines:
             remedies += ("torch_dtype=torch.bfloat16",)
             remedies += ("enable_model_cpu_offload()",) if on_gpu else ()

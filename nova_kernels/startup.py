@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nova_kernels.errors import BackendError, in_a_line
+from nova_kernels.errors import BackendError, in_a_line, is_out_of_gpu_memory
 
 
 class StartupWarning(UserWarning):
@@ -40,14 +40,15 @@ def failure_to_start(backend: str, device: torch.device) -> str | None:
     """Why the kernels of a backend do not start on a GPU, which a warning says too; None: they do.
 
     Raises:
-        torch.OutOfMemoryError: the GPU has no memory left; the next call tries again.
+        RuntimeError: the GPU has no memory left, see `is_out_of_gpu_memory`; the next call tries
+            again.
     """
     try:
         with _disable_current_modes():  # in FakeTensorMode nothing would start
             STARTS[backend](device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever compilers and drivers raise
+        if is_out_of_gpu_memory(error):
+            raise
         reason = in_a_line(error)
         warnings.warn(
             f"kernels of backend {backend!r} do not start on {device}, so plain torch runs instead"

@@ -55,6 +55,18 @@ def gpu_error():
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def triton_error():
+    return RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+def extension_error():
+    return RuntimeError("denoise: CUDA says cudaErrorMemoryAllocation, out of memory")
+
+
+def cudnn_error():
+    return RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+
 def cpu_error():
     """Torch's own, of a CPU that has no petabyte."""
     return torch.empty(PETABYTE, dtype=torch.uint8)
@@ -240,17 +252,19 @@ def test_the_output_says_what_fitted(pipe):
         pipe(PROMPTS, max_batch_size=output.max_batch_size, **options)
 
 
-@pytest.mark.parametrize("make_error", [gpu_error, cpu_error], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(
+    "make_error", [gpu_error, triton_error, extension_error, cudnn_error, cpu_error]
+)
 def test_one_sample_that_does_not_fit(pipe, make_error):
     seen = []
-    where = "out of GPU memory" if make_error is gpu_error else "out of memory"
+    where = "out of memory" if make_error is cpu_error else "out of GPU memory"
     with room_for(pipe, 0, make_error=make_error, seen=seen), no_warnings():
         with pytest.raises(DeviceError, match=where) as caught:
             latents_of(pipe)
     assert seen == [5, 3, 2, 1]
     message = str(caught.value)
     assert "fewer latent frames" in message and "torch_dtype=torch.bfloat16" in message
-    assert ("enable_model_cpu_offload()" in message) == (make_error is gpu_error)
+    assert ("enable_model_cpu_offload()" in message) == (make_error is not cpu_error)
 
 
 def test_other_errors_are_not_tried_again(pipe):

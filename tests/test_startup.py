@@ -57,10 +57,17 @@ def test_kernels_that_start_are_started_once(start):
 
 
 @needs_triton
-def test_short_memory_is_no_verdict(start):
-    start.error = torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_short_memory_is_no_verdict(start, error):
+    start.error = error
     x = torch.empty(4, device="cuda")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="out of memory"):
         OP.choose("auto", x)
     start.error = None
     assert OP.choose("auto", x) == "triton"

@@ -488,6 +488,7 @@ def test_measured_once(pipe, cache, monkeypatch):
     "reason, is_kept",
     [
         ("OutOfMemoryError: CUDA out of memory", False),
+        ("AcceleratorError: CUDA error: out of memory", False),
         ("ImportError: no cutlass", False),
         ("ModuleNotFoundError: No module named 'cutlass'", False),
         ("RuntimeError: wrong shape", True),

@@ -568,30 +568,38 @@ def test_automatic_budget():
     assert vae._budget() == float("inf")  # with gradients the plain pass is the only one
 
 
-def fails_once(compute):
-    """`compute` that runs out of memory at its first call."""
+def fails_once(compute, error):
+    """`compute` that raises `error` at its first call."""
     calls = []
 
     def call(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return compute(*arguments)
 
     return call
 
 
-@pytest.mark.parametrize("budget", ["auto", None])
-def test_less_memory_than_counted(budget, monkeypatch):
+@pytest.mark.parametrize(
+    "budget, error, is_tried_again",
+    [
+        ("auto", torch.OutOfMemoryError("CUDA out of memory"), True),
+        ("auto", RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        ("auto", RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), False),
+        (None, torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_less_memory_than_counted(budget, error, is_tried_again, monkeypatch):
     """What "auto" counted may not be there: then the least is tried, where it was our choice."""
     vae = CausalVideoVAE(VAEConfig.tiny(), memory_budget=budget).eval()
     pixels, latents = torch.rand(1, 3, 5, 32, 32) * 2 - 1, torch.randn(1, 4, 3, 4, 4)
     with torch.no_grad():
         expected = vae.encode_moments(pixels)[0], vae.decode_unscaled(latents)
         for part in (type(vae.encoder), type(vae.decoder)):
-            monkeypatch.setattr(part, "forward", fails_once(part.forward))
-        if budget is None:
-            with pytest.raises(torch.OutOfMemoryError):
+            monkeypatch.setattr(part, "forward", fails_once(part.forward, error))
+        if not is_tried_again:
+            with pytest.raises(type(error), match=str(error)):
                 vae.encode_moments(pixels)
             return
         result = vae.encode_moments(pixels)[0], vae.decode_unscaled(latents)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nova_kernels import block_causal_attention
-from nova_kernels.errors import BackendError
+from nova_kernels.errors import BackendError, is_out_of_gpu_memory
 
 from . import TORCH
 from .packages import FLASH_ATTN, FLASH_ATTN_3, FLASH_ATTN_4, installed_packages
@@ -21,9 +21,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
     try:
         with sdpa_kernel(kernel):
             return F.scaled_dot_product_attention(q, k, v)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # what torch raises for other cards, dtypes and shapes
+        if is_out_of_gpu_memory(error):
+            raise
         raise BackendError(
             f"torch's attention kernel {kernel.name} cannot take {q.dtype} of shape "
             f"{tuple(q.shape)} on {q.device}: {error}"

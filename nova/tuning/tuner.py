@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nova_kernels.autocast import without_autocast
+from nova_kernels.errors import says_out_of_gpu_memory
 
 from .. import __version__
 from ..devices import free_memory, out_of_memory
@@ -246,7 +247,7 @@ def _may_pass(record: TuningRecord) -> bool:
     """
     passing = tuple(e.__name__ for e in (torch.OutOfMemoryError, ImportError, ModuleNotFoundError))
     reasons = [reason for entry in record.measurements for reason in entry.refused.values()]
-    return any(reason.startswith(passing) for reason in reasons)
+    return any(reason.startswith(passing) or says_out_of_gpu_memory(reason) for reason in reasons)
 
 
 def _facts(run: TunedRun, choices: list[Choice], cuda_graphs: bool) -> dict[str, Any]:

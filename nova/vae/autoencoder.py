@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nova_kernels.errors import is_out_of_gpu_memory
+
 from ..altered_layers import is_altered
 from ..errors import InputError
 from ..noise import Generators, NoiseSource
@@ -248,9 +250,13 @@ class CausalVideoVAE(nn.Module):
         budget = self._budget()
         try:
             return compute(budget)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             # CUDA graphs, for one, keep memory that torch counts as unused.
-            if self.memory_budget != AUTO or torch.is_grad_enabled():
+            if (
+                not is_out_of_gpu_memory(error)
+                or self.memory_budget != AUTO
+                or torch.is_grad_enabled()
+            ):
                 raise
         return compute(0)
 
