@@ -142,6 +142,7 @@ def idle_graph_bytes(device: torch.device) -> int:
 class PeakMemory:
     """The most memory that tensors and CUDA graphs take on a GPU, from here on.
 
+    At most so much, where graphs are recorded or dropped meanwhile: the most of both is added up.
     It starts torch's own count anew (`torch.cuda.reset_peak_memory_stats`).
     """
 
@@ -159,4 +160,5 @@ class PeakMemory:
         """Bytes so far; None where torch does not count them, as on other devices."""
         if not self._is_counted:
             return None
+        self._idle_bytes = max(self._idle_bytes, idle_graph_bytes(self._device))
         return torch.cuda.max_memory_allocated(self._device) + self._idle_bytes

@@ -27,8 +27,8 @@ class NOVAPipelineOutput:
         latents: (B, channels, T, h, w) scaled latents, whatever the type.
         max_batch_size: samples that were generated at a time in the end. Where it is less than was
             asked for, memory was short: give it to the next call.
-        peak_memory: bytes, the most that tensors took on the GPU during the call, attempts that
-            failed included; None on other devices.
+        peak_memory: bytes, the most that tensors and CUDA graphs took on the GPU during the call,
+            attempts that failed included; None on other devices.
     """
 
     images: Any = None

@@ -1,6 +1,7 @@
 """Work beside the caller's, on a CUDA stream of its own."""
 
 from collections.abc import Callable
+from functools import cache
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -60,7 +61,8 @@ class CUDASideStream:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._stream = _stream_of(index)
 
     def launch(self, work: Callable[[], Tensor], reads: Tensor) -> Tensor:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -90,3 +92,9 @@ class CUDASideStream:
     ) -> None:
         # Weights may be moved away next, and their memory given to others.
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+@cache
+def _stream_of(gpu: int) -> torch.cuda.Stream:
+    """The same every time: memory that was freed on a stream serves that stream alone."""
+    return torch.cuda.Stream(gpu)

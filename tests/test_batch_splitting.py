@@ -514,6 +514,11 @@ def test_peak_memory_is_counted_on_gpus_alone(pipe, monkeypatch):
     # What graphs write when they are replayed counts, which torch does not.
     assert peak.read() == 123 + 1000 + 2000
     assert asked[1:] == [("max_memory_allocated", device)]
+    # Those that were recorded meanwhile too; what others have dropped may have been the most.
+    segments.append({**segments[1], "segment_pool_id": (0, 3)})
+    assert peak.read() == 123 + 4000
+    segments.clear()
+    assert peak.read() == 123 + 4000
 
 
 @pytest.mark.parametrize("counts", [True, False])

@@ -5,6 +5,8 @@ import torch
 
 import nova
 from nova import pipeline as pipeline_module
+from nova import side_stream as side_stream_module
+from nova.side_stream import side_stream
 
 PROMPTS = ["a red circle moving right", "a blue square"]
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
@@ -192,6 +194,19 @@ def test_overlapped_decoding_needs_a_gpu(tiny_video_folder):
         pipe(PROMPTS, overlap_decoding=True)
 
 
+def test_a_gpu_has_one_stream(monkeypatch):
+    """Each new one would take memory for the VAE that those before keep."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda gpu: made.append(gpu) or object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    side_stream_module._stream_of.cache_clear()
+    sides = [side_stream(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda", "cuda:0")]
+    side_stream_module._stream_of.cache_clear()
+    assert made == [0, 1]
+    first, second, current, again = (side._stream for side in sides)
+    assert first is again and second is current and first is not second
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("output_type", ["pt", "uint8"])
@@ -212,3 +227,6 @@ def test_on_a_gpu(tiny_video_folder, offload, output_type):
             assert (item.frames == frames).all()
     expected = call(pipe, **options)
     assert (call(pipe, overlap_decoding=True, **options).frames == expected.frames).all()
+    before = torch.cuda.memory_reserved()
+    call(pipe, overlap_decoding=True, **options)
+    assert torch.cuda.memory_reserved() == before  # what the last call freed serves this one
