@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,10 +27,10 @@ from .noise import NoiseSource
 from .outputs import NOVAPipelineOutput, StreamedFrames, convert_pixels, join_in_time, join_samples
 from .request import Request
 from .run import Run
-from .sampling import generate_frames
+from .sampling import SetEnd, generate_frames
 from .schedule import SchedulerConfig, set_sizes
 from .side_stream import SideStream, side_stream
-from .step_hooks import Interrupted, StepCallback, StepProgress, chain
+from .step_hooks import Interrupted, StepCallback, StepProgress
 from .streaming import Piece, decode_beside, decode_in_turn, pixels_of
 from .text import TextEncoder
 from .tuning.tuner import AppliedTuning
@@ -63,9 +64,11 @@ class NOVAPipeline:
         self.text_encoder = text_encoder
         self.generation_config = generation_config or GenerationConfig()
         self._offload_device: torch.device | None = None
+        self._users: Counter[str] = Counter()
         self.graphs: SamplingGraphs | None = None
         self.tuning: AppliedTuning | None = None
         self._progress_bar_config: dict[str, Any] = {}
+        # As diffusers' pipelines have it: set by callbacks, and by others, to stop what runs.
         self._interrupt = False
 
     # Opening and saving ----------------------------------------------------------------------
@@ -226,18 +229,22 @@ class NOVAPipeline:
     @contextlib.contextmanager
     def _working(self, *names: str) -> Iterator[None]:
         """The named parts are on the offload device inside, if offloading is on."""
-        modules = [m for name, m in self._modules().items() if name in names]
         if self._offload_device is None:
             yield
             return
+        modules = {name: m for name, m in self._modules().items() if name in names}
+        # Runs may be inside of each other, or in turns: who comes last moves a part back.
+        self._users.update(modules.keys())
         try:
             with out_of_memory("moving the model"):
-                for module in modules:
+                for module in modules.values():
                     module.to(self._offload_device)
             yield
         finally:
-            for module in modules:
-                module.to("cpu")
+            self._users.subtract(modules.keys())
+            for name, module in modules.items():
+                if not self._users[name]:
+                    module.to("cpu")
 
     @contextlib.contextmanager
     def transformer_on_device(self) -> Iterator[NOVATransformer]:
@@ -362,7 +369,7 @@ class NOVAPipeline:
         noise = NoiseSource(request.generator, batch, dtype=self.dtype, device=self.device)
         given = self._given_latents(request, batch)
         if given is not None:
-            given = given.to(conditioning.tokens)
+            given = given.detach().to(conditioning.tokens)
         samples = range(batch)
         return Run(request, num_frames, sizes, schedule, conditioning, noise, given, batch, samples)
 
@@ -456,7 +463,7 @@ class NOVAPipeline:
         with self._working("transformer"), self._sampling_out_of_memory():
             for part in parts.run(sample_part):
                 latents.append(part)
-                if self._interrupt:
+                if run.stopped.is_set():
                     break
         return run.join(latents), parts.size
 
@@ -488,7 +495,7 @@ class NOVAPipeline:
             [torch.stack([item.latents for item in items], dim=2) for items in parts.values()]
         )
         size = min(run.request.max_batch_size or run.batch_size, run.batch_size)
-        if self._interrupt:
+        if run.stopped.is_set():
             # Parts may be short or missing: pixels of all that there is, as without overlapping.
             return latents, self._decode(latents, run.request), size
         clips = [join_in_time([item.frames for item in items]) for items in parts.values()]
@@ -517,7 +524,7 @@ class NOVAPipeline:
             for start in range(0, run.batch_size, size):
                 stop = min(start + size, run.batch_size)
                 yield from self._stream_part(run.part(start, stop, states), side)
-                if self._interrupt:
+                if run.stopped.is_set():
                     return
 
     def _stream_part(self, run: Run, side: SideStream | None) -> Iterator[StreamedFrames]:
@@ -546,7 +553,7 @@ class NOVAPipeline:
         fewer = ["a smaller max_batch_size"] if len(run.samples) > 1 else []
         with self._sampling_out_of_memory(*fewer):
             for index, latents in enumerate(self._frames(run), start=len(pending)):
-                is_last = index == run.num_frames - 1 or self._interrupt
+                is_last = index == run.num_frames - 1 or run.stopped.is_set()
                 fresh = torch.stack([*pending, latents], dim=2)
                 pending = []
                 yield Piece(index, latents, fresh, is_last, run.samples)
@@ -554,11 +561,23 @@ class NOVAPipeline:
     def _frames(self, run: Run) -> Iterator[Tensor]:
         """Generated latent frames of a run, with a progress bar and the callback."""
         num_new = run.num_frames - len(run.given_frames)
-        options = {"disable": run.request.disable_progress_bar, **self._progress_bar_config}
+        options = dict(self._progress_bar_config)
+        if run.request.disable_progress_bar:
+            options["disable"] = True
+        callback = None
+        if run.request.callback_on_step_end is not None:
+            callback = StepCallback(self, run.request, run.samples)
         with StepProgress(num_new, len(run.set_sizes), options, run.part_name) as progress:
-            hooks = [progress.update]
-            if run.request.callback_on_step_end is not None:
-                hooks.append(StepCallback(self, run.request, run.samples))
+
+            def on_set_end(step: SetEnd) -> Tensor | None:
+                progress.update(step)
+                replaced = None if callback is None else callback(step)
+                if self._interrupt:
+                    self._interrupt = False  # other runs of this pipeline go on
+                    run.stopped.set()
+                    raise Interrupted(step.latents if replaced is None else replaced)
+                return replaced
+
             frames = generate_frames(
                 self.transformer,
                 run.conditioning,
@@ -569,7 +588,7 @@ class NOVAPipeline:
                 noise=run.noise,
                 given_latents=run.given,
                 context_frames=run.request.context_frames,
-                on_set_end=chain(hooks),
+                on_set_end=on_set_end,
                 graphs=self.graphs,
             )
             try:

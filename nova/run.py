@@ -1,6 +1,7 @@
 """A request, checked and encoded: what the sampler takes, for all samples or a part of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Run:
             its dtype, or None.
         batch_size: samples of the call (B).
         samples: those of this run, n of the B; all, or a part.
+        stopped: set once somebody has stopped the call, whose parts share it.
     """
 
     request: Request
@@ -32,6 +34,7 @@ class Run:
     given: Tensor | None
     batch_size: int
     samples: range
+    stopped: Event = field(default_factory=Event)
 
     @property
     def output_type(self) -> str:

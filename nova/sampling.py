@@ -120,9 +120,9 @@ def generate_frames(
                     frame=len(history),
                     on_set_end=on_set_end,
                 )
+            history.append(latents)
             # A clone made outside inference mode is an ordinary tensor: callers may edit it.
-            history.append(latents.clone())
-            yield history[-1]
+            yield latents.clone()
 
 
 def _given_frames(

@@ -9,17 +9,7 @@ from tqdm.auto import tqdm
 
 from .errors import InputError
 from .request import Request
-from .sampling import OnSetEnd, SetEnd
-
-
-def chain(hooks: list[OnSetEnd]) -> OnSetEnd:
-    """One hook that calls all; the last result that is not None counts."""
-
-    def call_all(step: SetEnd) -> Tensor | None:
-        results = [hook(step) for hook in hooks]
-        return next((result for result in reversed(results) if result is not None), None)
-
-    return call_all
+from .sampling import SetEnd
 
 
 class StepProgress:
@@ -32,12 +22,12 @@ class StepProgress:
 
     def __init__(self, num_frames: int, num_sets: int, options: dict[str, Any], part: str = ""):
         self._frames = None
-        sets = f"{part}sets"
+        sets = {"desc": f"{part}sets", "unit": "set", "leave": True, "position": 0}
         if num_frames > 1:
-            self._frames = tqdm(total=num_frames, desc=f"{part}frames", unit="frame", **options)
-            sets = "sets"
-        leave = {"leave": num_frames == 1, "position": int(num_frames > 1)}
-        self._sets = tqdm(total=num_sets, desc=sets, unit="set", **{**leave, **options})
+            frames = {"desc": f"{part}frames", "unit": "frame"}
+            self._frames = tqdm(**{**frames, **options, "total": num_frames})
+            sets |= {"desc": "sets", "leave": False, "position": 1}
+        self._sets = tqdm(**{**sets, **options, "total": num_sets})
 
     def update(self, step: SetEnd) -> None:
         """Count a finished set, and the frame that it finishes."""
@@ -57,14 +47,14 @@ class StepProgress:
 
 
 class Interrupted(Exception):
-    """Raised through the sampler when a callback has asked to stop.
+    """Raised through the sampler when somebody has asked to stop.
 
     Attributes:
         latents: (B, channels, h, w) the unfinished frame.
     """
 
     def __init__(self, latents: Tensor):
-        super().__init__("a callback asked to stop")
+        super().__init__("somebody asked to stop")
         self.latents = latents
 
 
@@ -72,8 +62,7 @@ class StepCallback:
     """A user's `callback_on_step_end`, in diffusers' form, as a hook of the sampler.
 
     Args:
-        pipeline: handed to the callback, which may set `pipeline._interrupt = True`, the flag that
-            diffusers' pipelines have.
+        pipeline: handed to the callback.
         samples: which of the call's samples the steps are of.
     """
 
@@ -86,12 +75,14 @@ class StepCallback:
 
     def __call__(self, step: SetEnd) -> Tensor | None:
         masked = 1.0 - (step.set_index + 1) / step.num_sets
-        tensors = {}
-        if "latents" in self._inputs:
-            tensors["latents"] = step.latents.clone()
-        if "samples" in self._inputs:
-            tensors["samples"] = torch.tensor(self._samples)
-        result = self._callback(self._pipeline, self._step, masked, tensors)
+        # The sampler's tensors can neither be edited outside nor have gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = {}
+            if "latents" in self._inputs:
+                tensors["latents"] = step.latents.clone()
+            if "samples" in self._inputs:
+                tensors["samples"] = torch.tensor(self._samples)
+            result = self._callback(self._pipeline, self._step, masked, tensors)
         self._step += 1
         if result is not None and not isinstance(result, Mapping):
             raise InputError(
@@ -99,11 +90,13 @@ class StepCallback:
                 f"{type(result).__name__}"
             )
         latents = (result or {}).get("latents")
-        if latents is not None and latents.shape != step.latents.shape:
+        if latents is None:
+            return None
+        shape, expected = getattr(latents, "shape", None), step.latents.shape
+        if not isinstance(latents, Tensor) or shape != expected:
+            found = type(latents).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
             raise InputError(
-                f"callback_on_step_end returned latents of shape {tuple(latents.shape)}, "
-                f"expected {tuple(step.latents.shape)}"
+                f"callback_on_step_end returned as latents a {found}, expected a Tensor of shape "
+                f"{tuple(expected)}"
             )
-        if self._pipeline._interrupt:
-            raise Interrupted(step.latents if latents is None else latents)
-        return latents
+        return latents.detach().to(step.latents)

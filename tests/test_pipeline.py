@@ -404,6 +404,83 @@ def test_callback_may_change_latents_and_stop(pipe):
         latents_of(pipe, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
+def test_a_stop_between_two_frames_of_a_stream(pipe):
+    """The pixels that the decoder holds back come with the last item."""
+    options = {"generator": seeded(0), "output_type": "pt", **FAST}
+    items = []
+    for item in pipe.stream(PROMPT, max_latent_length=5, **options):
+        items.append(item)
+        if item.index == 1:
+            pipe._interrupt = True
+    assert [item.index for item in items] == [0, 1, 2]
+    assert sum(item.frames.shape[1] for item in items) == 9
+
+
+def test_who_is_stopped_stops_nobody_else(pipe):
+    options = {"output_type": "pt", "max_latent_length": 3, **FAST}
+    expected = pipe(PROMPT, generator=seeded(0), **options).frames
+    stream = pipe.stream(PROMPT, generator=seeded(0), **options)
+    items = [next(stream)]
+
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = True
+
+    assert pipe(PROMPT, callback_on_step_end=stop, **options).latents.shape[2] == 1
+    items += stream
+    assert torch.equal(torch.cat([item.frames for item in items], dim=1), expected)
+    # A stop that came too late is not for the next call.
+    pipe._interrupt = True
+    assert pipe(PROMPT, **options).latents.shape[2] == 3
+
+
+def test_what_a_callback_gets_is_an_ordinary_tensor(pipe):
+    seen = []
+
+    def guide(pipeline, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        with torch.enable_grad():
+            x = tensors["latents"].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(x.square().sum(), x)
+        return {"latents": x - 0.25 * gradient}
+
+    def halve(pipeline, step, timestep, tensors):
+        assert not torch.is_grad_enabled()
+        return {"latents": tensors["latents"].mul_(0.5)}
+
+    guided = latents_of(pipe, callback_on_step_end=guide)
+    torch.testing.assert_close(guided, latents_of(pipe, callback_on_step_end=halve))
+    assert not guided.requires_grad
+    seen[0].mul_(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_stop_with_latents_of_another_dtype(pipe, dtype):
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = True
+        return {"latents": tensors["latents"].to(dtype)}
+
+    assert latents_of(pipe, callback_on_step_end=stop).dtype == torch.float32
+
+
+@pytest.mark.parametrize("latents", [[1.0], np.zeros((1, 4, 8, 12))], ids=type)
+def test_latents_of_a_callback_that_are_no_tensor(pipe, latents):
+    with pytest.raises(InputError, match="returned as latents a .*expected a Tensor of shape"):
+        latents_of(pipe, callback_on_step_end=lambda *_: {"latents": latents})
+
+
+def test_items_of_a_stream_may_be_edited(pipe):
+    options = {"output_type": "latent", "max_latent_length": 3, **FAST}
+    expected = pipe(PROMPT, generator=seeded(0), **options).latents
+    for item in pipe.stream(PROMPT, generator=seeded(0), **options):
+        assert torch.equal(item.latents, expected[:, :, item.index])
+        item.latents.mul_(0.5)
+
+
+def test_given_latents_with_gradients(pipe):
+    given = torch.zeros(1, 4, 1, 8, 12, requires_grad=True)
+    assert not latents_of(pipe, latents=given).requires_grad
+
+
 def test_progress_bars(pipe, capsys):
     latents_of(pipe, disable_progress_bar=False)
     shown = capsys.readouterr().err
@@ -412,6 +489,13 @@ def test_progress_bars(pipe, capsys):
     assert capsys.readouterr().err == ""
     pipe.set_progress_bar_config(disable=True)
     latents_of(pipe, disable_progress_bar=False)
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(desc="working on it", unit="piece", total=99)
+    latents_of(pipe, disable_progress_bar=False)
+    shown = capsys.readouterr().err
+    assert "working on it" in shown and "piece" in shown and "99" not in shown
+    pipe.set_progress_bar_config(disable=False)
+    latents_of(pipe, disable_progress_bar=True)
     assert capsys.readouterr().err == ""
     pipe.set_progress_bar_config()
 
@@ -455,6 +539,29 @@ def test_offload_gives_the_same(tiny_video_folder, pipe):
     other = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
     other.enable_model_cpu_offload("cpu")
     assert torch.equal(latents_of(other, image=picture()), latents_of(pipe, image=picture()))
+
+
+def test_runs_inside_of_runs_leave_parts_where_they_are(tiny_video_folder, monkeypatch):
+    """By moves alone, since there is no second device: who needs a part last moves it away."""
+    pipe = nova.NOVAPipeline.from_pretrained(tiny_video_folder)
+    pipe.enable_model_cpu_offload("cpu")
+    away, to_work = "cpu", torch.device("cpu")
+    moves = []
+    monkeypatch.setattr(pipe.transformer, "to", moves.append)
+    options = {"output_type": "latent", "max_latent_length": 2, **FAST}
+
+    def call_again(pipeline, step, timestep, tensors):
+        assert moves[-1] == to_work
+        if step == 0:
+            pipe(PROMPT, **options)
+        assert moves[-1] == to_work
+
+    pipe(PROMPT, callback_on_step_end=call_again, **options)
+    assert moves[-1] == away
+    first, second = (pipe.stream(PROMPT, **options) for _ in range(2))
+    next(first)
+    assert len(list(second)) == 2 and moves[-1] == to_work
+    assert len(list(first)) == 1 and moves[-1] == away
 
 
 def test_offloading_begins_by_initializing_cuda(tiny_video_folder, monkeypatch):
