@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,7 @@ def _write_atomically(path: Path, write) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(shared_file_mode())
+        temporary.chmod(_shared_file_mode())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # a full disk is the latter
         raise CheckpointError(f"cannot write {path}: {error}") from None
@@ -319,7 +319,31 @@ def _write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def shared_file_mode() -> int:
+def write_files(folder: Path, write: Callable[[str], Any]) -> None:
+    """Call write(temporary folder), then move its files: each is whole or not there.
+
+    Files of the same names may be links of other checkpoints, or be mapped by the weights that are
+    written. Weights of other names go, which would be read in place of the new ones.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        write(temporary)
+        written = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        names = {path.relative_to(temporary) for path in written}
+        for path in written:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            path.chmod(_shared_file_mode())
+            path.replace(target)
+    for path in folder.glob("*.safetensors*"):
+        if path.relative_to(folder) not in names:
+            path.unlink()
+
+
+def _shared_file_mode() -> int:
     """The mode of ordinary new files; temporary files are private, checkpoints are not."""
     mask = os.umask(0)
     os.umask(mask)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nova_kernels.errors import is_out_of_gpu_memory
+from nova_kernels.out_of_memory import is_out_of_gpu_memory
 
 from .checkpoint import WEIGHT_DTYPES
 from .errors import DeviceError, InputError

@@ -18,11 +18,14 @@ from .checkpoint import (
 from .codec import LatentCodec
 from .config import ModelConfig
 from .errors import CheckpointError
+from .generation_config import GenerationConfig
 from .model import NOVATransformer
 from .schedule import SchedulerConfig, scheduler_from_dict, scheduler_to_dict
 from .text import TextEncoder
 
 LOAD = "load"  # in place of a part: open the folder's
+OPTIONAL_PARTS = ("vae", "text_encoder", "tokenizer")
+ABSENT = [None, None]  # in place of a part's classes in model_index.json, as diffusers writes it
 
 Parts = tuple[NOVATransformer, SchedulerConfig, LatentCodec | None, TextEncoder | None]
 
@@ -38,7 +41,7 @@ def load_parts(
 ) -> Parts:
     """Open the parts of a folder; see `NOVAPipeline.from_pretrained` for arguments and errors."""
     config, scheduler = read_configs(folder)
-    present = _optional_parts(folder)
+    present = optional_parts(folder)
     with torch.device("meta"):
         transformer = NOVATransformer(config)
     weights = load_state_dict(folder / "transformer", variant=variant, allow_pickle=allow_pickle)
@@ -82,6 +85,7 @@ def save_parts(
     scheduler: SchedulerConfig,
     vae: LatentCodec | None,
     text_encoder: TextEncoder | None,
+    generation_config: GenerationConfig,
 ) -> None:
     """Write a folder that `load_parts` opens, in the layout of the released ones.
 
@@ -100,10 +104,13 @@ def save_parts(
     write_json(folder / "transformer" / "config.json", config)
     save_state_dict(weights, folder / "transformer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    generation_config.write(folder)
     index: dict[str, Any] = {
         "_class_name": "NOVAPipeline",
         "transformer": ["nova", "NOVATransformer3DModel"],
         "scheduler": ["nova", scheduler_config["_class_name"]],
+        # The folder may have parts of a pipeline that was saved there before.
+        **dict.fromkeys(OPTIONAL_PARTS, ABSENT),
     }
     if vae is not None:
         vae.save(folder / "vae")
@@ -116,15 +123,13 @@ def save_parts(
     write_json(folder / "model_index.json", index)
 
 
-def _optional_parts(folder: Path) -> set[str]:
+def optional_parts(folder: Path) -> set[str]:
     """Optional parts that the folder has: named in model_index.json, and there."""
-    optional = ("vae", "text_encoder", "tokenizer")
-    present = {name for name in optional if (folder / name).is_dir()}
+    present = {name for name in OPTIONAL_PARTS if (folder / name).is_dir()}
     index = folder / "model_index.json"
     if not index.exists():
         return present
-    # A part is left out by null entries, as diffusers writes them.
-    left_out = {name for name, entry in read_json(index).items() if entry in (None, [None, None])}
+    left_out = {name for name, entry in read_json(index).items() if entry in (None, ABSENT)}
     return present - left_out
 
 

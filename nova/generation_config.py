@@ -6,7 +6,7 @@ from typing import Any
 
 from .checkpoint import read_json, write_json
 from .errors import ConfigError, InputError
-from .numeric import is_finite_number
+from .numeric import check_finite, check_whole
 from .request import Request
 
 FILE_NAME = "generation_config.json"
@@ -28,12 +28,10 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         try:
             self.request()
+            check_whole(self, "num_inference_steps", "num_diffusion_steps", least=1)
+            check_finite(self, "guidance_scale", "motion_flow")
         except InputError as error:
             raise ConfigError(f"{FILE_NAME}: {error}") from None
-        for name in ("guidance_scale", "motion_flow"):
-            value = getattr(self, name)
-            if not is_finite_number(value):
-                raise ConfigError(f"{FILE_NAME}: `{name}` must be a finite number, got {value!r}")
 
     @classmethod
     def read(cls, folder: Path) -> "GenerationConfig":

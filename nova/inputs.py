@@ -184,7 +184,10 @@ def _array(value: Any, read, dims: int, name: str) -> np.ndarray:
         return read(value)
     if hasattr(value, "convert"):  # a PIL image
         value = image_to_array(value)
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # of rows or frames of different sizes
+        raise InputError(f"{name} is no array: {error}") from None
     if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or not array.size:
         shape = "(height, width, 3)" if dims == 3 else "(frames, height, width, 3)"
         raise InputError(

@@ -9,12 +9,12 @@ it goes on from what moves nearby: a small shape on a plain background counts fo
 area.
 """
 
-import math
 from types import ModuleType
 
 import numpy as np
 
 from .errors import DependencyError, InputError
+from .numeric import is_finite_number, whole_number
 
 SHORTER_SIDE = 256  # pixels
 FPS = 12
@@ -42,10 +42,10 @@ def motion_score(frames: np.ndarray, fps: float = FPS, max_pairs: int | None = N
         raise InputError(f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3)")
     if shape[0] < 2:
         raise InputError("a motion score needs at least two frames, got one")
-    if not (math.isfinite(fps) and fps > 0):
-        raise InputError(f"fps must be a number above 0, got {fps}")
-    if max_pairs is not None and max_pairs < 1:
-        raise InputError(f"max_pairs must be at least 1, got {max_pairs}")
+    if not (is_finite_number(fps) and fps > 0):
+        raise InputError(f"fps must be a number above 0, got {fps!r}")
+    if max_pairs is not None and (whole_number(max_pairs) or 0) < 1:
+        raise InputError(f"max_pairs must be a whole number of at least 1, got {max_pairs!r}")
     finder = _flow_finder()
     indices = _frames_at_rate(shape[0], fps)
     pairs = len(indices) - 1

@@ -119,8 +119,8 @@ class NOVAPipeline:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder that `from_pretrained` opens, in the layout of the released ones."""
         folder = expand_home(folder)
-        save_parts(folder, self.transformer, self.scheduler, self.vae, self.text_encoder)
-        self.generation_config.write(folder)
+        parts = self.transformer, self.scheduler, self.vae, self.text_encoder
+        save_parts(folder, *parts, self.generation_config)
 
     # Devices ---------------------------------------------------------------------------------
 
@@ -360,6 +360,11 @@ class NOVAPipeline:
             raise InputError(
                 'this pipeline has no VAE: ask for output_type="latent", or open a checkpoint that '
                 "has vae/"
+            )
+        if request.output_type != "latent" and num_frames > 1 and not self.vae.is_video:
+            raise InputError(
+                "this pipeline's VAE is of images: ask for max_latent_length=1, or for "
+                'output_type="latent"'
             )
         inputs.note_dtype(self.device, self.dtype)
         schedule = self.scheduler.schedule(request.num_diffusion_steps, request.flow_shift)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, InputError
-from .numeric import is_finite_number, whole_number
+from .numeric import check_whole, is_finite_number
 
 # Of tables: a caller may have made another dtype and device torch's defaults.
 _FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
@@ -58,8 +58,8 @@ class FlowMatchConfig:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_whole("num_train_timesteps", self.num_train_timesteps, least=1)
-        _check_number("shift", self.shift, above=0)
+        _check_whole(self, "num_train_timesteps", least=1)
+        _check_numbers(self, "shift", above=0)
 
     def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
         """The table of `num_steps` steps; `shift` replaces the config's for sampling only."""
@@ -122,10 +122,9 @@ class DDPMConfig:
                     f"scheduler config: {name} must be one of {choices}, "
                     f"got {getattr(self, name)!r}"
                 )
-        _check_whole("num_train_timesteps", self.num_train_timesteps, least=1)
-        for name in ("beta_start", "beta_end"):
-            _check_number(name, getattr(self, name), above=0, below=1)
-        _check_whole("steps_offset", self.steps_offset, least=0)
+        _check_whole(self, "num_train_timesteps", least=1)
+        _check_numbers(self, "beta_start", "beta_end", above=0, below=1)
+        _check_whole(self, "steps_offset", least=0)
         if self.trained_betas is not None:
             self._check_trained_betas()
 
@@ -139,8 +138,8 @@ class DDPMConfig:
                 f"scheduler config: trained_betas has {len(self.trained_betas)} values for "
                 f"{self.num_train_timesteps} timesteps"
             )
-        for beta in self.trained_betas:
-            _check_number("trained_betas", beta, above=0, below=1)
+        betas = tuple(_number("trained_betas", b, above=0, below=1) for b in self.trained_betas)
+        object.__setattr__(self, "trained_betas", betas)
 
     def alphas_cumprod(self) -> Tensor:
         """(num_train_timesteps,) float32 product of 1 - beta."""
@@ -281,18 +280,25 @@ def scheduler_to_dict(config: SchedulerConfig) -> dict[str, Any]:
     return {**classes, **vars(config)}
 
 
-def _check_whole(name: str, value: Any, *, least: int) -> None:
-    number = whole_number(value)
-    if number is None or number < least:
-        raise ConfigError(
-            f"scheduler config: {name} must be a whole number of at least {least}, got {value!r}"
-        )
+def _check_whole(config: Any, name: str, *, least: int) -> None:
+    try:
+        check_whole(config, name, least=least)
+    except InputError as error:
+        raise ConfigError(f"scheduler config: {error}") from None
 
 
-def _check_number(name: str, value: Any, *, above: float, below: float = math.inf) -> None:
+def _check_numbers(config: Any, *names: str, above: float, below: float = math.inf) -> None:
+    for name in names:
+        number = _number(name, getattr(config, name), above=above, below=below)
+        object.__setattr__(config, name, number)
+
+
+def _number(name: str, value: Any, *, above: float, below: float) -> float:
+    """As Python's, which files can hold."""
     if not (is_finite_number(value) and above < value < below):
         limits = f"above {above}" + ("" if below == math.inf else f" and below {below}")
         raise ConfigError(f"scheduler config: {name} must be a number {limits}, got {value!r}")
+    return float(value)
 
 
 def _check_steps(num_steps: int) -> None:

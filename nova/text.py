@@ -8,6 +8,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +24,8 @@ from .checkpoint import (
     check_dtypes,
     load_safetensors,
     read_json,
-    shared_file_mode,
     weight_files,
+    write_files,
 )
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 
@@ -150,13 +151,10 @@ class TextEncoder:
             CheckpointError: see `weights_to_save`; the disk is full.
         """
         weights = self.weights_to_save()
+        save_model = partial(uncompiled(self.module).save_pretrained, state_dict=weights)
         try:
-            for folder in (Path(text_encoder_dir), Path(tokenizer_dir)):
-                folder.mkdir(parents=True, exist_ok=True)
-            uncompiled(self.module).save_pretrained(text_encoder_dir, state_dict=weights)
-            self.tokenizer.save_pretrained(tokenizer_dir)
-            for path in Path(text_encoder_dir).glob("*.safetensors"):
-                path.chmod(shared_file_mode())
+            write_files(Path(text_encoder_dir), save_model)
+            write_files(Path(tokenizer_dir), self.tokenizer.save_pretrained)
         except (OSError, SafetensorError) as error:  # a full disk is the latter
             raise CheckpointError(f"the text encoder cannot be saved: {error}.") from error
 

@@ -1,15 +1,4 @@
-"""The error of an implementation that cannot run here, and what errors of others say."""
-
-import torch
-
-# Of those who allocate beside torch on a GPU, and raise a RuntimeError.
-_OUT_OF_GPU_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "Triton Error [CUDA]: out of memory",
-    "cudaErrorMemoryAllocation",  # our own kernels in CUDA
-)
+"""The error of an implementation that cannot run here, and errors of others in a line."""
 
 
 class BackendError(RuntimeError):
@@ -20,13 +9,3 @@ def in_a_line(error: Exception) -> str:
     """Kind and first line of an error: compilers and drivers write many."""
     text, kind = str(error).strip(), type(error).__name__
     return f"{kind}: {text.splitlines()[0]}" if text else kind
-
-
-def is_out_of_gpu_memory(error: Exception) -> bool:
-    """Whether it was raised because a GPU's memory is short, by torch or somebody else."""
-    return isinstance(error, torch.OutOfMemoryError) or says_out_of_gpu_memory(str(error))
-
-
-def says_out_of_gpu_memory(text: str) -> bool:
-    """The same for what an error says, where it is not a `torch.OutOfMemoryError`."""
-    return any(message in text for message in _OUT_OF_GPU_MEMORY)

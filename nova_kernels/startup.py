@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nova_kernels.errors import BackendError, in_a_line, is_out_of_gpu_memory
+from nova_kernels.errors import BackendError, in_a_line
+from nova_kernels.out_of_memory import is_out_of_gpu_memory
 
 
 class StartupWarning(UserWarning):

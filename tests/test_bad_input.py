@@ -467,6 +467,8 @@ def test_lists_of_frames(sample):
     frames = [np.zeros((64, 64, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)]
     with pytest.raises(InputError, match="frames of a video must be of one size"):
         sample(video=frames)
+    with pytest.raises(InputError, match="image is no array"):
+        sample(image=[[[[0, 0, 0]], [[0, 0]]]])
     latents = [torch.zeros(1, 4, 8, 12), torch.zeros(2, 4, 8, 12)]
     given = sample([PROMPT] * 2, latents=latents, max_latent_length=3).latents
     assert given.shape == (2, 4, 3, 8, 12) and not given[:, :, :2].any()

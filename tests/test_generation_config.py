@@ -3,6 +3,7 @@
 import json
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from test_cli import run
@@ -33,6 +34,12 @@ def test_what_is_given_goes_before_what_is_recommended():
     config = GenerationConfig(num_inference_steps=3, motion_flow=2.0)
     request = config.request(PROMPT, num_inference_steps=None, motion_flow=1.0)
     assert (request.num_inference_steps, request.motion_flow) == (3, 1.0)
+
+
+def test_numbers_of_numpy_become_those_of_files(tmp_path):
+    config = GenerationConfig(num_inference_steps=np.int64(3), guidance_scale=np.float32(2.5))
+    config.write(tmp_path)
+    assert GenerationConfig.read(tmp_path) == GenerationConfig(3, guidance_scale=2.5)
 
 
 def test_a_pipeline_uses_and_saves_it(tiny_video_folder, tmp_path):

@@ -208,6 +208,13 @@ def test_float_frames_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_frames_of_two_sizes_are_refused(tmp_path):
+    frames = [moving_square(1)[0], moving_square(1, 32, 32)[0]]
+    with pytest.raises(InputError, match="frames are no array"):
+        media.save(tmp_path / "x.mp4", frames, fps=12)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), None, "fast", 1e-9, 1e6])
 def test_bad_frame_rates(tmp_path, fps):
     with pytest.raises(InputError, match="fps"):

@@ -64,8 +64,9 @@ def test_few_pairs_are_spread_over_the_clip():
     assert motion_score(clip, max_pairs=2) < 0.1
     assert motion_score(clip, max_pairs=3) == pytest.approx(1, rel=0.1)
     assert motion_score(clip, max_pairs=100) == motion_score(clip)
-    with pytest.raises(InputError, match="max_pairs must be at least 1"):
-        motion_score(clip, max_pairs=0)
+    for wrong in (0, 2.5, "3"):
+        with pytest.raises(InputError, match="max_pairs must be a whole number of at least 1"):
+            motion_score(clip, max_pairs=wrong)
 
 
 def test_same_frames_same_score():
@@ -88,7 +89,7 @@ def test_bad_frames(frames, message):
         motion_score(frames)
 
 
-@pytest.mark.parametrize("fps", [0, -12, float("nan"), float("inf")])
+@pytest.mark.parametrize("fps", [0, -12, float("nan"), float("inf"), None, "12"])
 def test_bad_rates(fps):
     with pytest.raises(InputError, match="fps"):
         motion_score(translating(1, 2), fps=fps)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import Repeated
+from small_models import Repeated, small_image_codec
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ from nova.inputs import InputWarning
 from nova.model import NOVATransformer
 from nova.schedule import FlowMatchConfig
 from nova.text import PromptTruncationWarning
+from nova.training.checkpoints import FrozenParts
 from nova.vae import framewise
 
 PROMPT = "a red circle moving right"
@@ -105,6 +106,23 @@ def released_like(folder, source):
     shards = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (whole.parent / f"{whole.name}.index.json").write_text(json.dumps(shards))
     return folder
+
+
+def test_a_folder_forgets_parts_that_a_later_pipeline_lacks(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    nova.NOVAPipeline(pipe.transformer, pipe.scheduler).save_pretrained(tmp_path)
+    opened = nova.NOVAPipeline.from_pretrained(tmp_path)
+    assert opened.vae is None and opened.text_encoder is None
+    assert FrozenParts.of(tmp_path).folders == {}
+
+
+def test_an_image_vae_decodes_no_video(pipe):
+    images = nova.NOVAPipeline(pipe.transformer, pipe.scheduler, small_image_codec())
+    options = {"prompt_embeds": pipe.encode_prompt([PROMPT]), "max_latent_length": 2, **FAST}
+    for run in (images, images.stream):
+        with pytest.raises(InputError, match="VAE is of images: ask for max_latent_length=1"):
+            run(**options)
+    assert images(**{**options, "output_type": "latent"}).latents.shape[2] == 2
 
 
 def test_a_folder_as_released_opens_as_it_is(pipe, tiny_video_folder, tmp_path):

@@ -1,7 +1,9 @@
 """Set sizes, and scheduler tables against diffusers' schedulers."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +130,17 @@ def test_numbers_that_make_no_scheduler(name, key, value):
 def test_scheduler_files_round_trip(config):
     assert scheduler_from_dict(scheduler_to_dict(config)) == config
     assert scheduler_from_dict(scheduler_to_dict(config), kind="noise") == config
+
+
+def test_numbers_of_numpy_become_those_of_files():
+    configs = [
+        FlowMatchConfig(num_train_timesteps=np.int64(10), shift=np.float32(2)),
+        DDPMConfig(num_train_timesteps=np.int64(2), trained_betas=tuple(np.full(2, 0.5))),
+        DDPMConfig(beta_start=np.float64(0.25), steps_offset=np.int32(1)),
+    ]
+    for config in configs:
+        saved = json.loads(json.dumps(scheduler_to_dict(config)))
+        assert scheduler_from_dict(saved) == config
 
 
 def test_sampling_and_training_schedulers_may_differ():

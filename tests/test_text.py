@@ -1,6 +1,7 @@
 """The text encoder: embeddings of prompts, and what it refuses to load."""
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -205,6 +206,36 @@ def assert_same_embeddings(a, b):
 def test_save_and_load(encoder, tmp_path):
     encoder.save(tmp_path / "a" / "text_encoder", tmp_path / "a" / "tokenizer")
     assert_same_embeddings(load(tmp_path / "a"), encoder)
+
+
+def test_saving_in_place_leaves_linked_files_alone(encoder, tmp_path):
+    """Checkpoints of a run share the files of their text encoder."""
+    encoder.save(tmp_path / "a" / "text_encoder", tmp_path / "a" / "tokenizer")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    opened = load(tmp_path / "b", torch_dtype=torch.bfloat16)
+    opened.save(tmp_path / "b" / "text_encoder", tmp_path / "b" / "tokenizer")
+    assert load(tmp_path / "b").dtype == torch.bfloat16
+    assert before == {path: path.read_bytes() for path in before}
+    assert {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*")} == {
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")
+    }
+
+
+def test_saving_over_weights_of_other_names(encoder, tmp_path):
+    folder = tmp_path / "text_encoder"
+    encoder.save(folder, tmp_path / "tokenizer")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors"),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(tmp_path).save(folder, tmp_path / "tokenizer")
+    assert sorted(path.name for path in folder.glob("*.safetensors*")) == ["model.safetensors"]
+    assert_same_embeddings(load(tmp_path), encoder)
 
 
 def test_save_onto_a_full_disk(encoder, tmp_path, monkeypatch):

@@ -428,7 +428,8 @@ def test_rate_of_work_without_what_is_left_out(monkeypatch):
      {"micro_batch_size": 0}, {"steps": 1.5}, {"learning_rate": "1e-4"},
      {"max_grad_norm": math.nan}, {"sample_guidance": math.nan}, {"mask_ratio_mean": math.nan},
      {"mask_ratio_std": math.inf}, {"mask_ratio_mean": 9.0},
-     {"mask_ratio_mean": 0.0, "mask_ratio_std": 0.01}],
+     {"mask_ratio_mean": 0.0, "mask_ratio_std": 0.01}, {"betas": None}, {"betas": ("a", "b")},
+     {"betas": (0.9,)}, {"seed": 2**63}, {"sample_prompts": "a cat"}],
     ids=str,
 )  # fmt: skip
 def test_options_out_of_range(values):
@@ -441,6 +442,8 @@ def test_numbers_of_numpy_become_those_of_files():
     given = options(**values)
     assert json.loads(json.dumps(vars(given) | {"out": None}))["steps"] == 7
     assert (given.learning_rate, given.max_grad_norm) == (0.5, math.inf)
+    for betas in (np.array([0.5, 0.75]), [0.5, np.float32(0.75)]):
+        assert json.dumps(options(betas=betas).betas) == "[0.5, 0.75]"
 
 
 def test_data_that_does_not_fit_the_model(data, class_data, tmp_path):

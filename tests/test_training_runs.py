@@ -236,6 +236,14 @@ def test_sheets_of_sentences(tmp_path, data, tiny_video_folder):
             sample_prompts=("a red square",), **sheets)  # fmt: skip
 
 
+def test_sheets_that_the_scheduler_cannot_draw(tmp_path, data, tiny_video_folder):
+    """Found before the first step, not at the first sheet."""
+    options = {"parts": FrozenParts.of(tiny_video_folder), "scheduler": DDPMConfig(20)}
+    with pytest.raises(InputError, match="num_diffusion_steps must be at most 20, got 25"):
+        run(tmp_path, data, sample_diffusion_steps=25, sample_every=1, **options)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 def test_another_vae_than_the_datas(tmp_path, data):
     LatentCodec(new_vae(replace(VAE_CONFIG, scaling_factor=0.7))).save(tmp_path / "vae")
     with pytest.raises(InputError, match="scaling factor 0.5, .*vae has 0.7"):

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -409,10 +410,18 @@ def test_tile_that_covers_the_frame_is_exact(vae):
     assert torch.equal(vae.decode(latents), decoded)
 
 
-@pytest.mark.parametrize("tile, overlap", [(60, 16), (64, 12), (64, 40), (0, 0), (64, -8)])
+@pytest.mark.parametrize(
+    "tile, overlap",
+    [(60, 16), (64, 12), (64, 40), (0, 0), (64, -8), (64.0, 16), ((64, 64, 64), 16), (64, None)],
+)
 def test_tiling_errors(vae, tile, overlap):
     with pytest.raises(InputError):
         vae.enable_tiling(tile, overlap)
+
+
+def test_tiles_of_numpys_numbers(vae):
+    vae.enable_tiling(np.int64(32), np.array([16, 8]))
+    assert (vae.tiling.tile, vae.tiling.overlap) == ((4, 4), (2, 1))
 
 
 # --- sampling
@@ -484,8 +493,9 @@ def test_tiles_of_one_latent_are_refused():
     with pytest.raises(InputError, match="tile_latents"):
         CausalVideoVAE(VAEConfig.tiny(), tile_latents=1)
     vae = CausalVideoVAE(VAEConfig.tiny())
-    with pytest.raises(InputError, match="tile_latents"):
-        vae.tile_latents = 1
+    for wrong in (1, 2.5, "3", None):
+        with pytest.raises(InputError, match="tile_latents"):
+            vae.tile_latents = wrong
     assert vae.tile_latents == 5
 
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nova_kernels import block_causal_attention
-from nova_kernels.errors import BackendError, is_out_of_gpu_memory
+from nova_kernels.errors import BackendError
+from nova_kernels.out_of_memory import is_out_of_gpu_memory
 
 from . import TORCH
 from .packages import FLASH_ATTN, FLASH_ATTN_3, FLASH_ATTN_4, installed_packages

@@ -105,7 +105,10 @@ def fit(frames: np.ndarray, height: int, width: int) -> tuple[np.ndarray, bool]:
 
 def as_clip(frames: np.ndarray) -> np.ndarray:
     """Return frames as a uint8 (T, H, W, 3) array; a single image becomes a clip of one."""
-    array = np.asarray(frames)
+    try:
+        array = np.asarray(frames)
+    except ValueError as error:  # of frames of different sizes
+        raise InputError(f"frames are no array: {error}.") from None
     if array.dtype != np.uint8:
         raise InputError(
             f"frames are {array.dtype}; expected uint8 (to_uint8 converts pixels in [-1, 1])."

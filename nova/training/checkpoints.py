@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import read_json, write_json
 from ..errors import CheckpointError
+from ..folders import optional_parts
 from ..generation_config import GenerationConfig
 
 _PARTIAL = ".partial-"
@@ -90,8 +91,7 @@ class FrozenParts:
     @classmethod
     def of(cls, folder: Path) -> "FrozenParts":
         """Those that a checkpoint folder has."""
-        names = ("vae", "text_encoder", "tokenizer")
-        found = {name: folder / name for name in names if (folder / name).is_dir()}
+        found = {name: folder / name for name in optional_parts(folder)}
         return cls(**found, generation_config=GenerationConfig.read(folder))
 
     def link_into(self, folder: Path) -> None:

@@ -146,6 +146,7 @@ class NOVATask:
         self._scheduler = samples.scheduler
         self._codec = load_codec(parts) if self._options.sample_every else None
         if self._codec is not None:
+            self._scheduler.schedule(self._options.sample_diffusion_steps)  # before the first step
             length = self._config.text_token_len if self._config.text_token_dim else None
             self._conditions = SheetConditions.choose(samples.data, self._options, parts, length)
 

@@ -1,16 +1,19 @@
 """Options of a training run, checked when they are made."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
 from ..errors import InputError
-from ..numeric import check_finite, check_whole
+from ..numeric import check_finite, check_whole, is_finite_number
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
+# Generators take seeds below 2^63; every clip of a sheet, and every worker, adds its number.
+LARGEST_SEED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,12 @@ class RunOptions:
         check_finite(
             self, "learning_rate", "min_learning_rate", "weight_decay", "ema_decay", least=0
         )
+        if self.seed > LARGEST_SEED:
+            raise InputError(f"seed must be at most 2^62, got {self.seed}")
+        betas = tuple(self.betas) if isinstance(self.betas, Iterable) else ()
+        if len(betas) != 2 or not all(map(is_finite_number, betas)):
+            raise InputError(f"betas must be two numbers, got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(map(float, betas)))
         if not all(0 <= beta < 1 for beta in (*self.betas, self.ema_decay)):
             raise InputError("betas and ema_decay must lie in [0, 1)")
         if self.max_grad_norm != math.inf:
@@ -135,6 +144,10 @@ class TrainingOptions(RunOptions):
         check_whole(
             self, "loss_repeats", "num_samples", "sample_steps", "sample_diffusion_steps", least=1
         )
+        if isinstance(self.sample_prompts, str):
+            raise InputError(
+                f"sample_prompts must be a tuple of sentences, got {self.sample_prompts!r}"
+            )
         check_finite(self, "sample_guidance", "mask_ratio_mean")
         check_finite(self, "prompt_dropout", "mask_ratio_std", "mask_ratio_min", least=0)
         if self.prompt_dropout > 1:

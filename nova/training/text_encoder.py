@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoint import shared_file_mode
+from ..checkpoint import write_files
 from ..data.seeds import keyed_generator
 from ..devices import torch_defaults
 from ..errors import CheckpointError, DependencyError, InputError
@@ -175,10 +176,8 @@ def make_text_encoder(
     _fit(model, objective, tokens, options, on_step, show_progress)
     try:
         save_tokenizer(tokenizer, tokenizer_dir)
-        model.save_pretrained(text_encoder_dir)
-        for path in text_encoder_dir.glob("*.safetensors"):
-            path.chmod(shared_file_mode())
-    except OSError as error:
+        write_files(text_encoder_dir, model.save_pretrained)
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
         raise CheckpointError(f"the text encoder cannot be saved: {error}") from error
     return text_encoder_dir, tokenizer_dir
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nova_kernels.autocast import without_autocast
-from nova_kernels.errors import says_out_of_gpu_memory
+from nova_kernels.out_of_memory import says_out_of_gpu_memory
 
 from .. import __version__
 from ..devices import free_memory, out_of_memory

@@ -1,12 +1,13 @@
 """Cutting videos into tiles: in time, as the VAE was trained, and in space, to save memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..numeric import whole_number
 
 
 def time_tiles(length: int, tile: int) -> Iterator[tuple[int, int]]:
@@ -39,8 +40,7 @@ class SpatialTiling:
         Raises:
             InputError: other sizes, or an overlap that leaves no progress.
         """
-        tile = (tile, tile) if isinstance(tile, int) else tuple(tile)
-        overlap = (overlap, overlap) if isinstance(overlap, int) else tuple(overlap)
+        tile, overlap = _sides(tile, "tile"), _sides(overlap, "overlap")
         if any(size % factor for size in (*tile, *overlap)):
             raise InputError(
                 f"tiles of {tile} pixels with an overlap of {overlap} do not fit the VAE: "
@@ -55,6 +55,14 @@ class SpatialTiling:
     def covers(self, height: int, width: int) -> bool:
         """Whether a single tile holds a latent frame of this size."""
         return height <= self.tile[0] and width <= self.tile[1]
+
+
+def _sides(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, Iterable) else (size, size)
+    numbers = tuple(map(whole_number, sides))
+    if len(sides) != 2 or None in numbers:
+        raise InputError(f"the {name} must be one whole number or two, got {size!r}")
+    return numbers
 
 
 def blend_tiles(
