@@ -15,6 +15,10 @@ from .model import NOVATransformer
 Recorded = TypeVar("Recorded", bound=Sized)
 
 
+class GraphWarning(UserWarning):
+    """Something is sampled without CUDA graphs from now on."""
+
+
 class GraphCache(Generic[Recorded]):
     """The graphs of one part of sampling, for one kind of run at a time; another drops them.
 
@@ -56,6 +60,7 @@ class GraphCache(Generic[Recorded]):
         self.failure = reason
         warnings.warn(
             f"CUDA graphs of the {self.name} are off, sampling goes on without them: {reason}",
+            GraphWarning,
             stacklevel=2,
         )
 
