@@ -159,6 +159,7 @@ def microseconds(call: Callable[[], Any], device: torch.device) -> tuple[float, 
     times = []
     for _ in range(REPETITIONS + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()  # keeps the GPU busy while what is timed is launched, which would count otherwise
         begin.record()
         call()
         end.record()

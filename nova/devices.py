@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator
 
 import torch
@@ -98,18 +99,21 @@ def out_of_memory(doing: str, *remedies: str, for_pipelines: bool = True) -> Ite
         if for_pipelines:
             remedies += ("torch_dtype=torch.bfloat16",)
             remedies += ("enable_model_cpu_offload()",) if on_gpu else ()
-        raise DeviceError(_out_of_memory_message(on_gpu, doing, remedies)) from error
+        where, free = (
+            ("out of GPU memory", _free_on_gpu(error)) if on_gpu else ("out of memory", "")
+        )
+        *others, last = remedies
+        what_helps = f"{', '.join(others)} or {last}" if others else last
+        raise DeviceError(f"{where} while {doing}{free}. Use {what_helps}") from error
 
 
-def _out_of_memory_message(on_gpu: bool, doing: str, remedies: tuple[str, ...]) -> str:
-    where = f"out of memory while {doing}"
-    if on_gpu:
-        where = f"out of GPU memory while {doing}"
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            where += f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
-    *others, last = remedies
-    return f"{where}. Use {', '.join(others) + ' or ' if others else ''}{last}"
+def _free_on_gpu(error: Exception) -> str:
+    """How much memory is free on the GPU that has run out of it."""
+    if not torch.cuda.is_available():
+        return ""
+    named = re.search(r"\bGPU (\d+)\b", str(error))  # as torch names it
+    free, total = torch.cuda.mem_get_info(int(named[1]) if named else None)
+    return f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
 
 
 def free_memory(device: torch.device) -> None:

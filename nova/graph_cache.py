@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sized
+from functools import cache
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .graph_recording import Recorder, RecordingError
 from .model import NOVATransformer
 
 Recorded = TypeVar("Recorded", bound=Sized)
+_PLAIN = (Tensor, nn.Parameter, type(None))  # a layer without bias has None
 
 
 class GraphWarning(UserWarning):
@@ -68,32 +70,40 @@ class GraphCache(Generic[Recorded]):
 def weights_key(model: NOVATransformer) -> Hashable:
     """What graphs depend on in a model: where its weights are, and which kernels it runs by.
 
+    Asked twice a frame, while the GPU waits, so it is written to be quick.
+
     Raises:
         RecordingError: parts of it may do something else each time, which replays would not follow.
     """
-    named = dict(model.named_modules())
-    for name, module in named.items():
+    kernels, weights = [], []
+    for name, module in model.named_modules():
         _check_fixed(name, module)
-    modules = named.values()
-    return (
-        model.has_compiled_blocks,
-        tuple(requested(module.backend) for module in modules if hasattr(module, "backend")),
-        tuple(module.kernel_library for module in modules if hasattr(module, "kernel_library")),
+        own = vars(module)
+        if "backend" in own:
+            kernels.append(requested(module.backend))
+        if "kernel_library" in own:
+            kernels.append(module.kernel_library)
         # Strides too: a weight in another layout may come to lie where one was before.
-        tuple((parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()),
-    )
+        weights += [
+            (p.data_ptr(), p.stride()) for p in own["_parameters"].values() if p is not None
+        ]
+    return model.has_compiled_blocks, tuple(kernels), tuple(weights)
 
 
 def _check_fixed(name: str, module: nn.Module) -> None:
     """Raises RecordingError where more than weights may decide what a module computes."""
-    kind = type(module)
-    # Adapters and parametrisations are modules of other packages or of other parts of torch.
-    if not f"{kind.__module__}.".startswith((f"{__package__}.", "torch.nn.modules.")):
-        reason = f"is a {kind.__name__}"
+    if not _is_of_torch_or_nova(type(module)):
+        reason = f"is a {type(module).__name__}"
     elif is_altered(module):
         reason = "has hooks"
-    elif not all(type(p) in (Tensor, nn.Parameter) for p in module.parameters(recurse=False)):
+    elif not all(type(p) in _PLAIN for p in module._parameters.values()):
         reason = "has weights of a kind of their own"
     else:
         return
     raise RecordingError(f"{name or 'the model'} {reason}, whose changes replays would not follow")
+
+
+@cache
+def _is_of_torch_or_nova(kind: type[nn.Module]) -> bool:
+    """Adapters and parametrisations are modules of other packages or of other parts of torch."""
+    return f"{kind.__module__}.".startswith((f"{__package__}.", "torch.nn.modules."))

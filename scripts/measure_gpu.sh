@@ -7,7 +7,8 @@
 # PIP_FIND_LINKS to a folder of wheels. Every step has a time limit, and what it had finished by then
 # stays; ARCHIVE=FILE.tar.gz also keeps it in one file, made anew after every step. Steps that the ten
 # minutes do not reach are named in the end, to be run by name. SLOWER=3 gives three times as long for
-# everything. What fails is named too; the rest is run all the same.
+# everything. What fails is named too; the rest is run all the same. Of a copy without git NOVA_COMMIT tells
+# the results which commit they are of.
 out=${1:?name a folder for the results}
 shift
 steps=${*:-build op_tests gpu_tests batch1 denoise batch24 op_times batch4 profile roofline}
@@ -49,12 +50,14 @@ tests() {
 fps() {
     limit=$1 name=$2 && shift 2
     step "$limit" "$name" "$python" benchmarks/fps.py --geometry nova-d48w1024-osp480 "$@" \
-        --json "$out/fps_$name.json" --plot "$out/fps_$name.png"
+        --json "$out/fps_$name.json" ${plots:+--plot "$out/fps_$name.png"}
 }
 
 # What builds is fetched where it is missing and can be. Without the extension the step has failed.
 step 80 build sh -c '"$0" -m pip install -q --retries 0 "setuptools>=77" pybind11 cmake ninja
     NOVA_CUDA="${NOVA_CUDA:-1}" "$0" -m pip install --no-build-isolation -e ".[test]"' "$python"
+# Without matplotlib, which the line above may have brought, benchmarks that are to plot measure nothing.
+plots=$("$python" -c 'import matplotlib; print("yes")' 2>/dev/null)
 # Attention first: one of its tests compiles kernels for a minute.
 tests 130 op_tests -n 8 tests/test_block_causal_attention.py tests/test_scale_shift.py \
     tests/test_residual_norm.py tests/test_linear_gelu.py tests/test_frame_scale_shift.py \
@@ -81,7 +84,7 @@ tests 500 all_tests -n 8 --dist loadfile --no-loadscope-reorder --continue-on-co
 fps 350 tuned --batch 1 4 --run-latents 1 --repeats 2 --no-compile --tune --no-stages
 fps 400 tuned_batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --tune --no-stages
 step 240 streaming "$python" benchmarks/streaming.py --repeats 1 \
-    --json "$out/streaming.json" --plot "$out/streaming.png"
+    --json "$out/streaming.json" ${plots:+--plot "$out/streaming.png"}
 step 150 ops "$python" -m nova_kernels
 fps 300 compiled --batch 1 24 --run-latents 1 --repeats 1 --compile --no-tune --no-stages
 step 200 op_times_compiled "$python" benchmarks/op_times.py --json "$out/op_times_compiled.json"

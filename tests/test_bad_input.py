@@ -719,14 +719,25 @@ def test_out_of_memory(sample, tiny_video_folder, out, monkeypatch):
     check_refusal(result, "out of memory while sampling. Use fewer latent frames", out)
 
 
-def test_out_of_gpu_memory(sample, monkeypatch):
+@pytest.mark.parametrize(
+    "message, gpu",
+    [
+        ("CUDA out of memory.", None),
+        ("CUDA out of memory. Tried to allocate 2 GiB. GPU 1 has a total capacity of 16 GiB", 1),
+    ],
+)
+def test_out_of_gpu_memory(sample, monkeypatch, message, gpu):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise torch.OutOfMemoryError(message)
         yield
+
+    def mem_get_info(device):
+        assert device == gpu
+        return 2**30, 2**34
 
     monkeypatch.setattr(pipeline_module, "generate_frames", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**34))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     with pytest.raises(DeviceError, match=r"1\.0 of 16\.0 GiB free.*enable_model_cpu_offload"):
         sample()
 
