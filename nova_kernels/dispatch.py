@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
 from nova_kernels.cpp_kernels import extension as cpp_extension
 from nova_kernels.cuda_kernels import extension
@@ -100,6 +101,8 @@ class Op:
             return f"it is not written for this op; there is {['reference', *self.implementations]}"
         if backend == "triton" and not HAS_TRITON:
             return "Triton is not installed (on Linux it comes with torch's CUDA builds)"
+        if has_tangent(*tensors):
+            return "it has no derivative in forward mode; use backend='reference'"
         devices = {tensor.device.type for tensor in tensors}
         if backend == "cpp":
             if devices != {"cpu"}:
@@ -170,13 +173,24 @@ def is_interpreting() -> bool:
 
 
 def through_operator(*tensors: Tensor | None) -> bool:
-    """Whether a call has to go through `torch.ops`: torch.compile or autograd must see it.
+    """Whether a call has to go through `torch.ops`: torch.compile, a mode or autograd must see it.
 
-    Otherwise kernels are launched directly, which saves microseconds a call.
+    Otherwise kernels are launched directly, which saves microseconds a call. Fake tensors, for one,
+    are of a mode, and have no memory.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is on its way through one of them.
+
+    Kernels would lose the tangent, or leave an old one in place.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def define(schema: str, function: Callable, fake: Callable) -> None:

@@ -86,6 +86,10 @@ class HeadWeights:
         """To be called where weights were changed in place."""
         self.__dict__.pop("packed", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: another CPU may need other panels than `packed` has."""
+        return {name: value for name, value in vars(self).items() if name != "packed"}
+
     def tensors(self) -> list[Tensor]:
         """All weights and biases, weight before bias, always in one order.
 

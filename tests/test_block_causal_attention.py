@@ -513,6 +513,14 @@ def test_operator_contract_and_compile():
 
 
 @needs_triton
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_no_tokens_have_a_gradient_of_nothing(return_lse):
+    q = randn(1, 2, 0, 32).requires_grad_()
+    result = block_causal_attention(q, q, q, [0], return_lse=return_lse)
+    (result[0] if return_lse else result).sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def test_nothing_to_attend_from():
     (q, k, v), prefix = inputs([0], 32, 3)
     result = block_causal_attention(q, k, v, [0], prefix_kv=tuple(prefix), backend="triton")

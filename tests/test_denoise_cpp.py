@@ -1,7 +1,9 @@
 """The denoise loop in C++ (csrc/cpp), in every instruction set that this CPU has."""
 
+import copy
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 
@@ -9,14 +11,17 @@ import kernel_testing
 import pytest
 import torch
 from kernel_testing import opcheck
-from test_denoise import flat, inputs, numbers, run, small_case
+from test_denoise import DEPTH, flat, inputs, numbers, run, small_case
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nova.config import named_config
 from nova.model import NOVATransformer
 from nova_kernels import BackendError, Outside
 from nova_kernels.cpp_kernels import denoise as cpp
 from nova_kernels.cpp_kernels import extension
-from nova_kernels.head_weights import with_unit_scale
+from nova_kernels.head_weights import HeadWeights, with_unit_scale
 from nova_kernels.ops import denoise as op
 from nova_kernels.ops.denoise import modulate
 
@@ -231,6 +236,45 @@ def test_no_tokens(shape):
     assert run(*case, numbers(2), backend="cpp").shape == case[0].shape
 
 
+def test_fake_tensors_and_traces():
+    """A mode that looks on sees an operator, and the kernel no memory that is none."""
+    x, *others = inputs((2, 3), passes=2, steps=2)
+    steps = numbers(2, guidance=3.0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x), *others, steps).shape == x.shape
+    traced = make_fx(lambda tokens: run(tokens, *others, steps))(x)
+    assert torch.equal(traced(2 * x), run(2 * x, *others, steps))
+
+
+@pytest.mark.parametrize("name", ["x", "condition", "weights"])
+def test_forward_mode_runs_in_the_reference(name):
+    x, condition, times, weights = inputs((2, 3), passes=2, steps=2)
+    tensors = weights.tensors()
+    given = {"x": x, "condition": condition, "weights": tensors[0]}
+
+    def tangent(backend):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+            now = {**given, name: dual}
+            mlp = HeadWeights.of_tensors([now["weights"], *tensors[1:]], len(weights.blocks))
+            arguments = now["x"], now["condition"], times, mlp, numbers(2, guidance=3.0)
+            return forward_ad.unpack_dual(op.denoise(*arguments, backend=backend)).tangent
+
+    expected = tangent("reference")
+    assert expected.abs().max() > 0
+    for backend in ("auto", "cpp"):
+        assert torch.equal(tangent(backend), expected)
+
+
+def test_copies_are_packed_anew():
+    """On another CPU, panels have another width."""
+    weights = inputs((2, 3), passes=2, steps=2)[-1]
+    assert weights.packed
+    for copied in (copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))):
+        assert "packed" not in vars(copied)
+        assert all(map(torch.equal, copied.tensors(), weights.tensors()))
+
+
 def test_views_that_negate():
     case = inputs((2, 3), passes=2, steps=2)
     noise = torch.randn(2, *case[0].shape, generator=torch.Generator().manual_seed(5))
@@ -239,6 +283,10 @@ def test_views_that_negate():
     view = torch.complex(noise, -noise).conj().imag
     assert view.is_neg() and torch.equal(view, noise)
     result = run(*case, steps, backend="cpp", noise=view)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
+    weights = HeadWeights.of_tensors([torch._neg_view(t) for t in case[-1].tensors()], DEPTH)
+    expected = run(*case[:-1], weights, steps, backend="reference", noise=noise)
+    result = run(*case[:-1], weights, steps, backend="cpp", noise=noise)
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 

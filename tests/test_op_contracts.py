@@ -5,6 +5,9 @@ import torch
 from cuda_emulation import emulated_extension, needs_compiler
 from kernel_testing import DEVICE, TRITON_AND_CUDA, needs_triton, randn
 from test_denoise import inputs, numbers
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nova_kernels
 from nova.graph_recording import CUDARecorder
@@ -71,6 +74,35 @@ def test_in_place_where_elements_share_a_place(backend):
         qkv = randn(1, 1, 24).expand(1, 3, 24)
         with pytest.raises(ValueError, match="several elements of qkv lie in one place"):
             rope3d(qkv, *table(3, 4), 1, inplace=True, backend=backend)
+
+
+# What looks on ------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_fake_tensors_and_traces():
+    x, h = randn(4, 16), randn(4, 16, seed=1)
+
+    def both(x):
+        return scale_shift(x, h, h, backend="triton"), residual_norm(x, h, backend="triton")
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert [result.shape for result in both(mode.from_tensor(x))] == [(4, 16), (4, 16)]
+    traced = make_fx(both)(x)
+    for result, expected in zip(traced(2 * x), both(2 * x), strict=True):
+        assert torch.equal(result, expected)
+
+
+@needs_triton
+def test_kernels_have_no_forward_mode(monkeypatch):
+    op = Op("scale_shift", verified=frozenset({"triton"}))
+    monkeypatch.setattr(Op, "verified_on", lambda self, device: self.verified)
+    x = randn(4, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert op.choose("auto", x) == "triton" and op.choose("auto", x, dual) == "reference"
+        with pytest.raises(nova_kernels.BackendError, match="no derivative in forward mode"):
+            scale_shift(dual, x, x, backend="triton")
 
 
 # Odd inputs ---------------------------------------------------------------------------------------

@@ -140,6 +140,21 @@ def test_in_place(backend):
 
 
 @pytest.mark.parametrize("backend", TRITON_AND_CUDA)
+def test_in_place_of_what_other_inputs_are_parts_of(backend):
+    """Rows are written while others are read."""
+
+    def results(chosen):
+        options = {"inplace": True, "backend": chosen}
+        yield residual_norm((x := randn(40, 16)), randn(40, 16, seed=1), gate=x[5:6], **options)
+        yield residual_norm((x := randn(41, 16))[1:], x[:-1], **options)
+        yield residual_norm((x := randn(40, 16)), randn(40, 16, seed=1), x[3], x[4], **options)
+        yield residual_norm((x := randn(40, 16)), x, **options)
+
+    for result, expected in zip(results(backend), results("reference"), strict=True):
+        assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", TRITON_AND_CUDA)
 def test_in_place_where_strides_do_not_merge(backend):
     """x is then copied for the kernel, and the result has to come back."""
     base = randn(3, 4, 5, 32, seed=1)

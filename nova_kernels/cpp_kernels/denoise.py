@@ -55,7 +55,7 @@ def pack(weights: HeadWeights, kernel: int = 0) -> dict[str, Any]:
             {
                 "fc1": _pack_linear(block.fc1, panel),
                 "fc2": _pack_linear(block.fc2, panel),
-                "norm": tuple(tensor.float().contiguous() for tensor in block.norm),
+                "norm": tuple(_as_read(tensor).contiguous() for tensor in block.norm),
             }
             for block in weights.blocks
         ],
@@ -64,10 +64,15 @@ def pack(weights: HeadWeights, kernel: int = 0) -> dict[str, Any]:
 
 def _pack_linear(linear: Linear, panel: int) -> Linear:
     """(outputs, inputs) -> (outputs / panel, inputs, panel), with zeros up to whole panels."""
-    weight, bias = (tensor.float() for tensor in linear)
+    weight, bias = map(_as_read, linear)
     missing = -len(bias) % panel
     panels = F.pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).transpose(1, 2)
     return panels.contiguous(), F.pad(bias, (0, missing)).contiguous()
+
+
+def _as_read(tensor: Tensor) -> Tensor:
+    """In float32, and negated in memory where a view negates."""
+    return tensor.float().resolve_neg()
 
 
 def run(

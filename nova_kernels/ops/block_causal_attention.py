@@ -108,7 +108,7 @@ def reference(
     scale: float,
 ) -> Tensor:
     """The op by torch's own attention, a call for every block, on what the block sees."""
-    outputs = [q.new_empty(*q.shape[:2], 0, q.shape[-1])]
+    outputs = [_no_tokens(q)]
     for block in layout.blocks():
         queries = q[:, :, block.start : block.stop]
         keys, values = _visible(block, k, prefix_k), _visible(block, v, prefix_v)
@@ -130,7 +130,7 @@ def reference_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """The definition, block by block in float32 or float64."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    outputs = [q.new_empty(*q.shape[:2], 0, q.shape[-1])]
+    outputs = [_no_tokens(q)]
     sums = [q.new_empty(*q.shape[:2], 0, dtype=exact)]
     for block in layout.blocks():
         queries = q[:, :, block.start : block.stop].to(exact)
@@ -142,6 +142,11 @@ def reference_with_lse(
         outputs.append((scores.softmax(-1) @ values).to(q.dtype))
         sums.append(scores.logsumexp(-1).detach())
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+
+
+def _no_tokens(q: Tensor) -> Tensor:
+    """The start of an output, which has gradients only where nothing comes behind."""
+    return q[:, :, :0] if q.shape[2] == 0 else q.new_empty(*q.shape[:2], 0, q.shape[-1])
 
 
 def _causal_mask(block: Block, queries: Tensor, keys: Tensor) -> Tensor | None:

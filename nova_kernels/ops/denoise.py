@@ -33,6 +33,7 @@ from nova_kernels.dispatch import (
     Op,
     define,
     define_no_gradient,
+    has_tangent,
     new_rows,
     promoted,
     requested,
@@ -163,15 +164,18 @@ def _choose(backend: str, x: Tensor, condition: Tensor, tensors: list[Tensor]) -
     Raises:
         ValueError: a gradient is wanted of a backend that has none.
     """
-    chosen, named = OP.choose(backend, x, condition), requested(backend)
+    named = requested(backend)
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if wants_gradient and named in ("triton", "cuda"):
-        raise ValueError(
-            f"denoise: backend {named!r} has no gradient; call it under torch.no_grad(), or with "
-            "backend='reference'"
-        )
+    if wants_gradient or has_tangent(*tensors):
+        if named in ("triton", "cuda"):
+            raise ValueError(
+                f"denoise: backend {named!r} has no gradient; call it under torch.no_grad(), or "
+                "with backend='reference'"
+            )
+        return "reference", "reference"
+    chosen = OP.choose(backend, x, condition)
     # Kernels have nothing to run on where there are no tokens.
-    if wants_gradient or x.numel() == 0:
+    if x.numel() == 0:
         return "reference", "reference"
     return chosen, named
 

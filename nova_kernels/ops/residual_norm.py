@@ -73,9 +73,12 @@ def residual_norm(
         if chosen == "reference":
             return x.copy_(reference(x, h, weight, bias, gate, eps))
         h, gate = (None if t is None else t.expand(shape) for t in (h, gate))
-        into_x = _forward_into_x
         if through_operator(*given):
             into_x = torch.ops.nova_kernels.residual_norm_
+        else:
+            into_x = _forward_into_x
+            # Rows are written while others are still read.
+            h, weight, bias, gate = (_apart_from(x, t) for t in (h, weight, bias, gate))
         into_x(x, h, weight, bias, gate, eps, chosen)
         return x
     if chosen == "reference":
@@ -142,6 +145,21 @@ def _forward_into_x(
 ) -> None:
     OP.module(backend).forward(x, h, weight, bias, gate, eps, x)
     written(x)
+
+
+def _apart_from(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """`other`, copied if a part of it lies where another part of x is."""
+    if other is None or (other.data_ptr(), other.stride()) == (x.data_ptr(), x.stride()):
+        return other
+    (first, last), (start, stop) = _addresses(x), _addresses(other)
+    return other.clone() if start < last and first < stop else other
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's first element is, and where its last one ends."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    values = 1 + sum((size - 1) * stride for size, stride in strides)
+    return tensor.data_ptr(), tensor.data_ptr() + values * tensor.element_size()
 
 
 def _backward(
