@@ -1,9 +1,16 @@
 """Sources of clips, encoding into shards, and reading them back."""
 
+import copy
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +29,11 @@ from nova.data import (
     encode_clips,
     split_step,
 )
+from nova.data.encoding import fingerprint
 from nova.data.seeds import keyed_generator
 from nova.data.shard_tensors import posterior_moments
 from nova.data.shards import ShardIndex
-from nova.errors import CheckpointError, DeviceError, InputError
+from nova.errors import CheckpointError, DeviceError, InputError, MediaError, NovaError
 from nova.media import write_image, write_video
 from nova.motion import motion_score
 from nova.text import PromptTruncationWarning, TextEncoder
@@ -129,13 +137,59 @@ def test_files_that_do_not_fit(tmp_path):
         FolderSource(tmp_path / "absent", CLIP)
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "\0.png", "~nosuchuser/x.png"])
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # for ~ to come first
+    line = json.dumps({"file": name, "caption": "c"})
+    source = FolderSource(".", IMAGE, _jsonl(Path("."), line))
+    assert source.describe()["files"] == 1
+    with pytest.raises(MediaError):
+        source[0]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\0", "~nosuchuser/x"])
+def test_names_that_no_folder_can_have(tmp_path, name):
+    with pytest.raises(NovaError, match="is not a folder|is no path"):
+        FolderSource(name, IMAGE)
+    with pytest.raises(NovaError, match="cannot be read|is no path"):
+        FolderSource(tmp_path, IMAGE, captions=name)
+
+
+def test_half_a_character_in_a_caption(tmp_path):
+    write_image(tmp_path / "x.png", clip_frames(1)[0])
+    lines = r'{"file": "x.png", "caption": "a cat \ud83d"}'
+    source = FolderSource(tmp_path, IMAGE, _jsonl(tmp_path, lines))
+    with pytest.raises(InputError, match="x.png has a caption that is no text"):
+        source[0]
+    assert FolderSource(tmp_path, IMAGE, tmp_path / "other.jsonl", frames_only=True)[0].key
+
+
+def test_folders_behind_links(tmp_path):
+    """Each once, and what is there without links is where it was."""
+    folder, outside = tmp_path / "clips", tmp_path / "outside"
+    for name in ("clips/z/a.png", "clips/b.png", "outside/c.png", "outside/deep/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (outside / "circle").symlink_to(outside)
+    (outside / "back").symlink_to(tmp_path)
+    for name, target in (("first", folder / "z"), ("more", outside), ("y", outside / "deep")):
+        (folder / name).symlink_to(target)
+    source = FolderSource(folder, IMAGE)
+    keys = [entry.key for entry in source._entries]
+    assert keys == ["b.png", "more/c.png", "more/deep/d.png", "z/a.png"]
+
+
 def _jsonl(folder, text):
     path = folder / "other.jsonl"
     path.write_text(text)
     return path
 
 
-@pytest.mark.parametrize("values", [(4, 32, 32, 12), (0, 32, 32, 12), (5, 0, 32, 12), (5, 8, 8, 0)])
+@pytest.mark.parametrize(
+    "values",
+    [(4, 32, 32, 12), (0, 32, 32, 12), (5, 0, 32, 12), (5, 8, 8, 0), (5, 32.0, 32, 12),
+     (5, 8, 8, "12"), (5, 8, 8, float("inf"))],
+)  # fmt: skip
 def test_formats_that_no_clip_has(values):
     with pytest.raises(InputError):
         ClipFormat(*values)
@@ -145,9 +199,20 @@ def test_formats_that_no_clip_has(values):
 
 
 def test_numbers_of_shapes_that_there_are_not():
-    for size, seed in ((0, 0), (5, -1)):
+    for size, seed in ((0, 0), (5, -1), (5.0, 0), (5, "1")):
         with pytest.raises(InputError, match="must be at least 1, and seed .* at least 0"):
             ShapesSource(size, CLIP, seed)
+    with pytest.raises(InputError, match="held_out must be True, False or None"):
+        ShapesSource(5, CLIP, held_out="no")
+
+
+def test_numbers_of_numpy_become_pythons():
+    """An index is JSON."""
+    size = np.int64(32)
+    clip_format = ClipFormat(np.int64(5), size, size, np.float32(12))
+    source = ShapesSource(np.int64(4), clip_format, np.int64(3), np.bool_(True))
+    expected = ShapesSource(4, ClipFormat(5, 32, 32), 3, held_out=True)
+    assert json.dumps(source.describe()) == json.dumps(expected.describe())
 
 
 def test_shapes_are_a_source():
@@ -198,8 +263,9 @@ def test_clips_can_be_read_from_their_start_alone(tmp_path, codec, text_encoder)
         torch.testing.assert_close(getattr(short[2], name), getattr(whole[2], name)[:, :1])
     assert short.draw_latents(short[0], torch.Generator()).shape == short.latent_shape
     assert LatentDataset(tmp_path, max_latent_length=9).latent_shape == whole.latent_shape
-    with pytest.raises(InputError, match="at least 1"):
-        LatentDataset(tmp_path, max_latent_length=0)
+    for length in (0, 1.5):
+        with pytest.raises(InputError, match="a whole number of at least 1"):
+            LatentDataset(tmp_path, max_latent_length=length)
 
 
 def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
@@ -215,6 +281,18 @@ def test_bad_clips_are_skipped_and_listed(tmp_path, codec, text_encoder):
     with pytest.raises(InputError, match="no clip could be used"):
         encode_clips(GradientSource(2, broken=(0, 1)), tmp_path / "none", codec, text_encoder,
                      show_progress=False)  # fmt: skip
+
+
+def test_names_that_are_not_utf8_are_listed(tmp_path, codec, text_encoder):
+    class Latin(GradientSource):
+        def __getitem__(self, index):
+            if index == 0:
+                raise MediaError(os.fsdecode(b"caf\xe9.png is damaged"))
+            return super().__getitem__(index)
+
+    encode_clips(Latin(2), tmp_path, codec, text_encoder, show_progress=False)
+    report = (tmp_path / "skipped.txt").read_text(encoding="utf-8")
+    assert report == "clip 0\tcaf\\udce9.png is damaged\n"
 
 
 def test_frames_are_kept_no_longer_than_needed(tmp_path, codec, text_encoder):
@@ -315,6 +393,39 @@ def test_another_model_or_source_is_refused(tmp_path, codec, text_encoder):
     other = LatentCodec(new_vae(VAEConfig.tiny(), seed=1))
     with pytest.raises(InputError, match="another vae;"):
         encode_clips(GradientSource(3), tmp_path, other, text_encoder, **options)
+
+
+def test_fingerprints():
+    """Of all values, and of nothing but these; a sum depends on the number of threads, too."""
+    module = torch.nn.Linear(300, 300).requires_grad_(False)
+    module.register_buffer("empty", torch.zeros(0, dtype=torch.bfloat16))
+    module.register_buffer("scalar", torch.tensor(3))
+    before, threads = fingerprint(module), torch.get_num_threads()
+    torch.set_num_threads(4)
+    assert fingerprint(module) == before
+    torch.set_num_threads(threads)
+    module.weight.data = module.weight.t().contiguous().t()  # in another order in memory
+    assert fingerprint(module) == before
+    module.weight.copy_(module.weight.flip(0))  # of the same sum
+    assert fingerprint(module) != before
+
+
+def test_fingerprints_of_half_precision_opened_in_another():
+    module = torch.nn.Linear(8, 8).bfloat16()
+    assert fingerprint(module) == fingerprint(copy.deepcopy(module).float())
+
+
+def test_older_fingerprints_are_known(tmp_path, codec, text_encoder):
+    """Of folders that were encoded when they were made of sums."""
+    encode_clips(GradientSource(3), tmp_path, codec, text_encoder, show_progress=False)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["settings"]["vae"] = fingerprint(codec.module, by_sums=True)
+    index["settings"]["text_encoder"] = fingerprint(text_encoder.module, by_sums=True)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    encode_clips(GradientSource(3), tmp_path, codec, text_encoder, show_progress=False)
+    other = LatentCodec(new_vae(VAEConfig.tiny(), seed=1))
+    with pytest.raises(InputError, match="another vae;"):
+        encode_clips(GradientSource(3), tmp_path, other, text_encoder, show_progress=False)
 
 
 def test_a_source_that_changed_is_refused(tmp_path, codec, text_encoder):
@@ -435,7 +546,83 @@ def test_sizes_that_the_vae_does_not_take(tmp_path, codec, text_encoder):
         encode_clips(GradientSource(2), tmp_path, codec, text_encoder, dtype="int8")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shard_size": 2.5},
+        {"shard_size": 0},
+        {"batch_size": 1.5},
+        {"workers": -1},
+        {"workers": "2"},
+    ],
+)
+def test_counts_that_are_none(tmp_path, codec, text_encoder, options):
+    with pytest.raises(InputError, match=f"{min(options)} must be a whole number of at least"):
+        encode_clips(GradientSource(2), tmp_path / "data", codec, text_encoder, **options)
+    assert not (tmp_path / "data").exists()
+
+
+def test_counts_of_numpy(tmp_path, codec, text_encoder):
+    options = {"shard_size": np.int64(2), "batch_size": np.int64(2), "workers": np.int64(0)}
+    encode_clips(GradientSource(3), tmp_path, codec, text_encoder, show_progress=False, **options)
+    assert ShardIndex.read(tmp_path).settings["shard_size"] == 2
+
+
+def test_folders_of_users_that_there_are_not(codec, text_encoder):
+    with pytest.raises(CheckpointError, match="~nosuchuser/x is no path"):
+        encode_clips(GradientSource(2), "~nosuchuser/x", codec, text_encoder)
+    with pytest.raises(CheckpointError, match="~nosuchuser/x is no path"):
+        LatentDataset("~nosuchuser/x")
+
+
 # Data sets ------------------------------------------------------------------------------------
+
+
+_READ_FOR_EVER = """
+import os, time
+import torch
+from nova.data.loading import load
+
+
+class Endless(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10**6
+
+    def __getitem__(self, index):
+        if index < 2:
+            print(os.getpid(), flush=True)
+        return "x" * 2**20  # more than a pipe holds
+
+
+batches = load(Endless(), 2, list, batch_size=None, prefetch_factor=8)
+next(batches)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and forks")
+def test_worker_processes_end_with_the_main_one():
+    """Those, too, that wait for it to take what they have read."""
+    command = [sys.executable, "-c", _READ_FOR_EVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as main:
+        workers = [int(main.stdout.readline()) for _ in range(2)]
+        time.sleep(0.5)  # until their pipe is full
+        main.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(map(_runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [worker for worker in workers if _runs(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+def _runs(process):
+    """Whether it is there, and is not one that has ended and whose end nobody has asked for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_reading_in_worker_processes(tmp_path):

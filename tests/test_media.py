@@ -457,6 +457,9 @@ def test_missing_empty_and_folder(tmp_path):
             read(tmp_path / "empty.mp4")
         with pytest.raises(MediaError, match="not a file"):
             read(tmp_path)
+        for name in ("a" * 300 + ".png", "\0.png", "~nosuchuser/x.png"):
+            with pytest.raises(MediaError, match="cannot be read"):
+                read(name)
 
 
 @pytest.mark.parametrize("content", [b"This is no video.\n" * 50, bytes(range(256)) * 20])

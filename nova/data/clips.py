@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..inputs import VIDEO_STRIDE
+from ..numeric import check_finite, check_whole
 
 # Optical flow costs more than all else that is done to a small clip; motion changes slowly.
 MOTION_PAIRS = 6
@@ -31,15 +32,14 @@ class ClipFormat:
     fps: float = 12.0
 
     def __post_init__(self) -> None:
-        if self.num_frames < 1 or (self.num_frames - 1) % VIDEO_STRIDE:
+        check_whole(self, "num_frames", "height", "width", least=1)
+        check_finite(self, "fps")
+        if (self.num_frames - 1) % VIDEO_STRIDE:
             raise InputError(
                 f"num_frames must be 1 + a multiple of {VIDEO_STRIDE}, got {self.num_frames}"
             )
-        if min(self.height, self.width) < 1 or not self.fps > 0:
-            raise InputError(
-                f"height, width and fps must be positive, got {self.height} x {self.width} "
-                f"at {self.fps}"
-            )
+        if self.fps <= 0:
+            raise InputError(f"fps must be above 0, got {self.fps:g}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,7 +4,6 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checkpoint import read_json
+from ..checkpoint import expand_home, read_json
 from ..errors import CheckpointError, InputError
+from ..numeric import whole_number
 from ..vae import sample_latents
 from .shards import INDEX_NAME, ShardIndex
 
@@ -52,13 +52,16 @@ class LatentDataset(Dataset):
 
     Raises:
         InputError: no such folder, an unfinished one, one without samples, or no frame to read.
-        CheckpointError: the index is damaged, or a shard is missing.
+        CheckpointError: the index is damaged, a shard is missing, or ~ of a user that there is not.
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_latent_length: int | None = None):
-        self.folder = Path(folder).expanduser()
-        if max_latent_length is not None and max_latent_length < 1:
-            raise InputError(f"max_latent_length must be at least 1, got {max_latent_length}")
+        self.folder = expand_home(folder)
+        length = whole_number(max_latent_length)
+        if max_latent_length is not None and (length is None or length < 1):
+            raise InputError(
+                f"max_latent_length must be a whole number of at least 1, got {max_latent_length!r}"
+            )
         if not (self.folder / INDEX_NAME).is_file():
             raise InputError(
                 f"{self.folder} has no {INDEX_NAME}; make encoded data with: nova encode"
@@ -71,7 +74,7 @@ class LatentDataset(Dataset):
         if missing:
             raise CheckpointError(f"{self.folder} lacks the shards {missing[:6]}; encode again")
         channels, frames, *size = self.index.latent_shape
-        self.latent_shape = (channels, min(frames, max_latent_length or frames), *size)
+        self.latent_shape = (channels, min(frames, length or frames), *size)
         self._shards = shards
         self._ends = list(accumulate(shard.samples for shard in shards))
         if not shards:

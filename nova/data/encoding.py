@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..altered_layers import named_weights
-from ..checkpoint import save_state_dict, write_json
+from ..checkpoint import expand_home, save_state_dict, write_json
 from ..codec import LatentCodec
 from ..devices import out_of_memory
 from ..errors import InputError, NovaError
+from ..numeric import whole_number
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
 from .loading import load, worker_failures
@@ -24,6 +25,9 @@ from .shard_tensors import ShardTensors
 from .shards import INDEX_NAME, SKIPPED_NAME, Shard, ShardIndex
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# What a fingerprint begins with, but in older folders.
+_HASH = "sha256:"
 
 # What helps where memory is short.
 _LESS_MEMORY = "a smaller batch_size (--batch-size)", "a VAE in bfloat16 (--precision bfloat16)"
@@ -61,17 +65,19 @@ def encode_clips(
         The finished index.
 
     Raises:
-        InputError: the folder holds data of other settings, no clip can be used, captions
-            without a text encoder, or values that do not fit `dtype`.
+        InputError: an argument of another type or out of range, the folder holds data of other
+            settings, no clip can be used, captions without a text encoder, or values that do not
+            fit `dtype`.
+        CheckpointError: the folder cannot be written to, or its index is damaged.
         DeviceError: memory is short, or a process that reads clips was lost. What was finished
             stays.
     """
-    if min(shard_size, batch_size) < 1 or dtype not in DTYPES:
-        raise InputError(
-            f"shard_size {shard_size} and batch_size {batch_size} must be at least 1, and dtype "
-            f"{dtype!r} one of {list(DTYPES)}"
-        )
-    folder = Path(folder).expanduser()
+    shard_size = _count("shard_size", shard_size, least=1)
+    batch_size = _count("batch_size", batch_size, least=1)
+    workers = _count("workers", workers, least=0)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} must be one of {list(DTYPES)}")
+    folder = expand_home(folder)
     index = _open_index(source, folder, codec, text_encoder, shard_size, dtype)
     start = index.shards[-1].stop if index.shards else 0
     clips = _read_clips(source, start, workers)
@@ -106,6 +112,14 @@ def encode_clips(
     return index
 
 
+def _count(name: str, value: Any, least: int) -> int:
+    """An argument as Python's whole number, which an index can hold."""
+    number = whole_number(value)
+    if number is None or number < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
 def _open_index(
     source: ClipSource,
     folder: Path,
@@ -125,6 +139,10 @@ def _open_index(
     }
     if (folder / INDEX_NAME).exists():
         index = ShardIndex.read(folder)
+        for key, part in (("vae", codec), ("text_encoder", text_encoder)):
+            recorded = index.settings.get(key)
+            if part is not None and not str(recorded).startswith(_HASH):
+                settings[key] = fingerprint(part.module, by_sums=True)
         # Older folders do not say their text_length, nor the contents of their source.
         known = settings.keys() & index.settings.keys()
         changed = sorted(key for key in known if _differ(index.settings[key], settings[key]))
@@ -166,14 +184,24 @@ def _differ(recorded: Any, given: Any) -> bool:
     return recorded != given
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short text that differs between weights that differ."""
+def fingerprint(module: nn.Module, *, by_sums: bool = False) -> str:
+    """A text that differs between weights that differ.
+
+    Args:
+        by_sums: as in older folders; it may differ with the number of threads, too.
+    """
     digest = hashlib.sha256()
     for name, tensor in named_weights(module).items():
         # On the CPU: MPS has no float64, and other devices add up in another order.
-        total = tensor.detach().cpu().double().sum().item()
-        digest.update(f"{name} {tuple(tensor.shape)} {total}".encode())
-    return digest.hexdigest()[:16]
+        values = tensor.detach().cpu()
+        if by_sums:
+            digest.update(f"{name} {tuple(values.shape)} {values.double().sum().item()}".encode())
+        else:
+            digest.update(f"{name} {tuple(values.shape)} ".encode())
+            # In one dtype: weights of half precision may be opened in it, or in float32.
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16] if by_sums else _HASH + digest.hexdigest()
 
 
 class _Readable(Dataset):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint import expand_home
 from ..errors import InputError
 from ..media import fit, read_image, read_video
 from ..model import NUM_CLASSES
@@ -36,7 +37,8 @@ class FolderSource:
     size and cut at the centre.
 
     Args:
-        folder: searched in the order of names; with a JSONL file, its order counts.
+        folder: searched in the order of names, each folder that links lead to once; with a JSONL
+            file, its order counts.
         clip_format: of the clips. Images are read where it has one frame.
         captions: the JSONL file; None: captions.jsonl of the folder, or text files without it.
         frames_only: for those who need no captions (which may be missing) and no motion scores.
@@ -44,6 +46,7 @@ class FolderSource:
     Raises:
         InputError: no folder, nothing in it, or a line of the JSONL file that is not as above.
             What is wrong with single files is said when they are read.
+        CheckpointError: ~ of a user that there is not.
     """
 
     def __init__(
@@ -53,15 +56,16 @@ class FolderSource:
         captions: str | os.PathLike | None = None,
         frames_only: bool = False,
     ):
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_home(folder)
         self.format = clip_format
         self._frames_only = frames_only
-        if not self.folder.is_dir():
+        # Unlike Path.is_dir(), this takes any name.
+        if not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is not a folder; give one with videos or images")
-        if captions is None and (self.folder / CAPTIONS_FILE).is_file():
+        if captions is None and os.path.isfile(self.folder / CAPTIONS_FILE):
             captions = self.folder / CAPTIONS_FILE
         if captions is not None:
-            self._entries = _read_captions(Path(captions).expanduser())
+            self._entries = _read_captions(expand_home(captions))
         else:
             self._entries = _find_files(self.folder)
         if not self._entries:
@@ -84,6 +88,11 @@ class FolderSource:
         entry = self._entries[index]
         if entry.caption is None and entry.label is None:
             return _sidecar_caption(entry.path)
+        if entry.caption is not None:
+            try:
+                entry.caption.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+                raise InputError(f"{entry.path} has a caption that is no text: {error}") from None
         return entry.caption
 
     def describe(self) -> dict[str, Any]:
@@ -116,7 +125,22 @@ class FolderSource:
 
 def _find_files(folder: Path) -> list[_Entry]:
     suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    paths: list[Path] = []
+    starts, seen = [folder], set()
+    # Grows by the links to folders. They come after the folders themselves, so that links to these,
+    # or around in a circle, change nothing.
+    for start in starts:
+        links = []
+        for parent, folders, files in os.walk(start):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            paths += (Path(parent, name) for name in (*folders, *files))
+            links += (Path(parent, name) for name in folders if os.path.islink(f"{parent}/{name}"))
+        starts += sorted(links)
+    paths = sorted(path for path in paths if path.suffix.lower() in suffixes)
     return [_Entry(path, str(path.relative_to(folder)), None, None) for path in paths]
 
 
@@ -131,7 +155,7 @@ def _contents(entry: _Entry) -> tuple[int | None, int | None, str | None]:
         size, time = status.st_size, status.st_mtime_ns
         if entry.caption is None and entry.label is None:
             caption = _sidecar_caption(entry.path)
-    except (OSError, InputError):
+    except (OSError, ValueError):  # ValueError: no caption, or a name that no file can have
         pass
     return size, time, caption
 
@@ -150,7 +174,7 @@ def _sidecar_caption(path: Path) -> str:
 def _read_captions(path: Path) -> list[_Entry]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that no file can have
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
     # JSON may hold what splitlines() takes for an end of line, such as U+2028.
     return [

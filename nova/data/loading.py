@@ -1,8 +1,13 @@
 """Samples read by this process or by others beside it, with errors as they were raised."""
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +35,11 @@ def load(
         NovaError, MemoryError: what reading a sample raised, in whichever process.
     """
     loader = DataLoader(
-        _WithErrors(dataset), num_workers=workers, collate_fn=_Collate(collate), **options
+        _WithErrors(dataset),
+        num_workers=workers,
+        collate_fn=_Collate(collate),
+        worker_init_fn=partial(_start_worker, options.pop("worker_init_fn", None)),
+        **options,
     )
     for batch in loader:
         if isinstance(batch, _CARRIED):
@@ -54,6 +63,24 @@ def worker_failures() -> Iterator[None]:
             f"a process that reads data has failed ({reason}); perhaps memory is short, or shared "
             "memory (/dev/shm). Use fewer workers (--workers), or 0"
         ) from error
+
+
+def _start_worker(then: Callable[[int], Any] | None, worker: int) -> None:
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker process soon after the main one, whatever ended that.
+
+    torch looks for it between samples alone, which is never where the pipe to it is full.
+    """
+    # Forked processes may keep the pipe open that is_alive() asks; a fork server, itself the
+    # parent, outlives the main process.
+    while os.getppid() == parent and parent_process().is_alive():
+        time.sleep(1)
+    os._exit(1)
 
 
 class _WithErrors(Dataset):

@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import InputError
+from ..numeric import whole_number
 from .clips import Clip, ClipFormat, measure_motion
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ class ShapesSource:
         frames_only: for those who need no motion scores.
 
     Raises:
-        InputError: no clips, or another frame rate.
+        InputError: no clips, another frame rate, or an argument of another type.
     """
 
     def __init__(
@@ -35,12 +38,18 @@ class ShapesSource:
     ):
         from ..shapes import FPS
 
-        if size < 1 or seed < 0:
-            raise InputError(f"size {size} must be at least 1, and seed {seed} at least 0")
+        # As Python's, which the index of encoded clips can hold.
+        self._size, self._seed = whole_number(size), whole_number(seed)
+        if self._size is None or self._size < 1 or self._seed is None or self._seed < 0:
+            raise InputError(
+                f"size {size!r} must be at least 1, and seed {seed!r} at least 0: whole numbers"
+            )
+        if held_out is not None and not isinstance(held_out, (bool, np.bool_)):
+            raise InputError(f"held_out must be True, False or None, got {held_out!r}")
+        self._held_out = None if held_out is None else bool(held_out)
         if clip_format.fps != FPS:
             raise InputError(f"shapes move at {FPS:g} frames a second, not {clip_format.fps:g}")
         self.format = clip_format
-        self._size, self._seed, self._held_out = size, seed, held_out
         self._frames_only = frames_only
 
     def __len__(self) -> int:

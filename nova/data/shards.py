@@ -78,7 +78,10 @@ class ShardIndex:
         shards = [vars(shard) for shard in self.shards]
         write_json(folder / INDEX_NAME, {"format": _FORMAT, **vars(self), "shards": shards})
         lines = [f"{key}\t{reason}\n" for s in self.shards for key, reason in s.skipped]
-        (folder / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")
+        # Names of files need not be UTF-8.
+        (folder / SKIPPED_NAME).write_text(
+            "".join(lines), encoding="utf-8", errors="backslashreplace"
+        )
 
     def with_shard(self, shard: Shard, complete: bool) -> "ShardIndex":
         """The index after one more finished shard."""

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -257,11 +258,16 @@ def _oriented(pixels: np.ndarray, matrix: tuple[float, float, float, float]) -> 
 
 
 def _existing_file(path: str | os.PathLike) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise MediaError(f"{path} does not exist.")
-    if not path.is_file():
+    try:
+        path = Path(path).expanduser()
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError(f"{path} does not exist.") from None
+    # Too long a name, no permission; one that no file can have; ~ of a user that there is not.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MediaError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path} is not a file.")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise MediaError(f"{path} is empty (0 bytes).")
     return path
