@@ -1,5 +1,6 @@
 """Training text encoders: their objectives, written out caption by caption, and whole runs."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,13 @@ from torch.nn.functional import cross_entropy
 
 from nova.errors import CheckpointError, InputError, MediaError
 from nova.text import TextEncoder
-from nova.training import CaptionLabels, TextEncoderOptions, make_text_encoder, text_encoder
+from nova.training import (
+    CaptionLabels,
+    DivergenceError,
+    TextEncoderOptions,
+    make_text_encoder,
+    text_encoder,
+)
 from nova.training.text_objectives import LabelObjective, NextTokenObjective
 
 HIDDEN, VOCABULARY = 8, 11
@@ -146,14 +153,50 @@ def test_labels_of_other_captions(tmp_path):
         make_text_encoder(["a red circle"], tmp_path, labels=labels)
 
 
-def test_a_text_encoder_on_a_full_disk(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("function", ["save_tokenizer", "write_files"])
+@pytest.mark.parametrize(
+    "error, raised, message",
+    [
+        (
+            OSError(28, "No space left on device"),
+            CheckpointError,
+            "the text encoder cannot be saved: .*No space left",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["full", "stopped"],
+)
+def test_a_text_encoder_that_is_half_saved(tmp_path, monkeypatch, function, error, raised, message):
+    """It goes, so that the next attempt is not refused."""
+    save = getattr(text_encoder, function)
 
-    monkeypatch.setattr("nova.training.text_encoder.save_tokenizer", fail)
+    def fail(*arguments):
+        save(*arguments)
+        raise error
+
     options = TextEncoderOptions(hidden_size=32, num_heads=2, num_layers=1, steps=0)
-    with pytest.raises(CheckpointError, match="the text encoder cannot be saved: .*No space left"):
+    with monkeypatch.context() as patched, pytest.raises(raised, match=message):
+        patched.setattr(text_encoder, function, fail)
         make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
+    assert not any(tmp_path.iterdir())
+    make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
+
+
+def test_a_text_encoder_that_diverges_is_not_written(tmp_path):
+    options = TextEncoderOptions(
+        hidden_size=32, num_heads=2, num_layers=1, steps=30, learning_rate=1e30
+    )
+    with pytest.raises(DivergenceError, match="the loss is nan .* Lower the learning rate"):
+        make_text_encoder(["a red circle"], tmp_path, options, show_progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_captions_in_an_array(tmp_path):
+    options = TextEncoderOptions(hidden_size=32, num_heads=2, num_layers=1, steps=1)
+    captions = np.array(["a red circle", "a blue star"])
+    make_text_encoder(captions, tmp_path, options, show_progress=False)
+    with pytest.raises(InputError, match="needs captions"):
+        make_text_encoder(captions[:0], tmp_path, options)
 
 
 def test_a_text_encoder_that_is_there_stays(tmp_path):
@@ -174,6 +217,8 @@ def test_a_text_encoder_that_is_there_stays(tmp_path):
         ({"vocab_size": 256}, "vocab_size must be a whole number of at least 257, got 256"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 2**64}, r"seed must be at most 2\^62"),
     ],
 )
 def test_numbers_that_no_run_takes(values, message):

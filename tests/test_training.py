@@ -429,7 +429,9 @@ def test_rate_of_work_without_what_is_left_out(monkeypatch):
      {"max_grad_norm": math.nan}, {"sample_guidance": math.nan}, {"mask_ratio_mean": math.nan},
      {"mask_ratio_std": math.inf}, {"mask_ratio_mean": 9.0},
      {"mask_ratio_mean": 0.0, "mask_ratio_std": 0.01}, {"betas": None}, {"betas": ("a", "b")},
-     {"betas": (0.9,)}, {"seed": 2**63}, {"sample_prompts": "a cat"}],
+     {"betas": (0.9,)}, {"seed": 2**63}, {"sample_prompts": "a cat"}, {"sample_prompts": (1,)},
+     {"sample_prompts": None}, {"resume": "no"}, {"freeze_motion": None},
+     {"activation_checkpointing": True}],
     ids=str,
 )  # fmt: skip
 def test_options_out_of_range(values):
@@ -444,6 +446,20 @@ def test_numbers_of_numpy_become_those_of_files():
     assert (given.learning_rate, given.max_grad_norm) == (0.5, math.inf)
     for betas in (np.array([0.5, 0.75]), [0.5, np.float32(0.75)]):
         assert json.dumps(options(betas=betas).betas) == "[0.5, 0.75]"
+
+
+def test_other_values_of_numpy_become_those_of_files():
+    flags = ("resume", "progress", "freeze_text_norm", "freeze_motion")
+    given = options(
+        **dict.fromkeys(flags, np.bool_(True)),
+        sample_prompts=np.array(["a cat", "a dog"]),
+        activation_checkpointing=np.int64(2),
+    )
+    assert all(getattr(given, name) is True for name in flags)
+    assert given.sample_prompts == ("a cat", "a dog")
+    json.dumps(vars(given) | {"out": None})
+    vae = VAETrainingOptions(out="unused", freeze_encoder=np.bool_(False))
+    assert vae.freeze_encoder is False
 
 
 def test_data_that_does_not_fit_the_model(data, class_data, tmp_path):

@@ -150,6 +150,8 @@ def test_what_a_run_does_not_go_on_with(tmp_path, data):
         run(tmp_path, data, steps=6, seed=1, resume=True)
     with pytest.raises(InputError, match="was started with freeze_motion=False"):
         run(tmp_path, data, steps=6, freeze_motion=True, resume=True)
+    with pytest.raises(InputError, match="was started with optimizer='adamw'"):
+        run(tmp_path, data, steps=6, optimizer="muon", resume=True)
     state = tmp_path / "checkpoints/step-00000004/training_state"
     weights, moments = (load_file(state / f"{n}.safetensors") for n in ("weights", "optimizer"))
     damaged = {**weights, "model.mask_embed.bos_token": torch.zeros(1, 7)}
@@ -164,6 +166,24 @@ def test_what_a_run_does_not_go_on_with(tmp_path, data):
     (state / "optimizer.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         run(tmp_path, data, steps=6, resume=True)
+
+
+def test_the_other_kind_of_run_does_not_go_on(tmp_path, data):
+    source, message = GradientSource(4, num_frames=1), "another kind of run; nova train and"
+    run_vae(tmp_path / "vae", source, steps=1)
+    run(tmp_path / "model", data, steps=1)
+    with pytest.raises(InputError, match=message):
+        run(tmp_path / "vae", data, resume=True)
+    with pytest.raises(InputError, match=message):
+        run_vae(tmp_path / "model", source, resume=True)
+
+
+def test_checkpoints_older_than_an_option_go_on(tmp_path, data):
+    path = run(tmp_path, data, steps=1) / "training_state" / "progress.json"
+    progress = json.loads(path.read_text())
+    del progress["options"]["optimizer"]
+    path.write_text(json.dumps(progress))
+    run(tmp_path, data, steps=2, resume=True)
 
 
 def test_a_killed_command_goes_on_exactly(tmp_path, data):
@@ -262,6 +282,20 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     assert checkpoints.latest() == checkpoints.path(10)
 
 
+def test_what_a_user_puts_beside_checkpoints_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    copy, file = (checkpoints.folder / f"step-00000001{suffix}" for suffix in ("-good", ".zip"))
+    copy.mkdir(parents=True)
+    file.write_text("")
+    (checkpoints.folder / "step-00000009").write_text("")
+    assert checkpoints.latest() is None
+    for step in (99_999_999, 100_000_000):
+        with checkpoints.writing(step) as folder:
+            (folder / "x").write_text("whole")
+        assert checkpoints.all() == [checkpoints.path(step)]
+    assert copy.is_dir() and file.exists()
+
+
 def test_a_failed_checkpoint_leaves_no_folder(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     with checkpoints.writing(1) as folder:
@@ -272,9 +306,50 @@ def test_a_failed_checkpoint_leaves_no_folder(tmp_path):
     ):
         (folder / "x").write_text("half")
         raise OSError("no space left")
-    assert checkpoints.all() == [checkpoints.path(1)]
-    checkpoints.clean()
     assert list(checkpoints.folder.iterdir()) == [checkpoints.path(1)]
+    with pytest.raises(KeyboardInterrupt), checkpoints.writing(2) as folder:
+        (folder / "x").write_text("half")
+        raise KeyboardInterrupt
+    assert list(checkpoints.folder.iterdir()) == [checkpoints.path(1)]
+
+
+def parts_in(folder):
+    """Files of the parts that a checkpoint carries along."""
+    names = ("vae", "text_encoder", "tokenizer")
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for name in names for path in (folder / name).rglob("*") if path.is_file()
+    }  # fmt: skip
+
+
+def test_parts_outlive_the_checkpoint_they_came_from(tmp_path, data, tiny_video_folder):
+    """A run that goes on with its own older checkpoint as the model, which is then removed."""
+    first = run(tmp_path, data, parts=FrozenParts.of(tiny_video_folder), steps=1, keep=1)
+    expected = parts_in(first)
+    assert {path.parts[0] for path in expected} == {"vae", "text_encoder", "tokenizer"}
+    last = run(
+        tmp_path, data, parts=FrozenParts.of(first), steps=4, save_every=1, keep=1, resume=True
+    )
+    assert not first.exists()
+    assert parts_in(last) == expected
+
+
+def test_parts_that_are_gone_lose_no_checkpoint(tmp_path, data, tiny_video_folder):
+    """The last checkpoint of the run has them, or else none is written and none removed."""
+    vae = Path(shutil.copytree(tiny_video_folder / "vae", tmp_path / "vae"))
+    copied = list(vae.iterdir())
+    first = run(
+        tmp_path / "run", data, parts=FrozenParts(vae), steps=2, save_every=1, keep=1,
+        on_step=lambda done, _: shutil.rmtree(vae) if done == 1 else None,
+    )  # fmt: skip
+    assert parts_in(first).keys() == {path.relative_to(tmp_path) for path in copied}
+    parts = FrozenParts(Path(shutil.copytree(first / "vae", vae)))
+    with pytest.raises(CheckpointError, match="vae lacks files that it had"):
+        run(
+            tmp_path / "run", data, parts=parts, steps=4, keep=1, resume=True,
+            on_step=lambda done, _: next(vae.glob("*.safetensors")).unlink(),
+        )  # fmt: skip
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [first]
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
@@ -421,6 +496,22 @@ def test_parts_of_checkpoints_are_read_before_the_first_step(tiny_video_folder, 
             FrozenParts(**{name: folder})
     with pytest.raises(CheckpointError, match="absent is not a folder"):
         FrozenParts(vae=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty is an empty folder"):
+        FrozenParts(tokenizer=tmp_path / "empty")
+
+
+def test_a_script_may_change_its_folder(tmp_path, data, tiny_video_folder, monkeypatch):
+    shutil.copytree(tiny_video_folder / "vae", tmp_path / "vae")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    last = run(
+        "run", data, parts=FrozenParts(vae=Path("vae")), save_every=1, steps=2,
+        on_step=lambda *_: os.chdir(tmp_path / "other"),
+    )  # fmt: skip
+    assert last == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert (last / "vae" / "config.json").exists()
+    assert not any((tmp_path / "other").iterdir())
 
 
 # What a run is found out about before it begins ---------------------------------------------------

@@ -23,7 +23,14 @@ from .sheets import SheetConditions, load_codec, write_sample_sheet
 from .state import load_averaged_weights, load_training_state
 
 # A run goes on exactly under the same values of these.
-_FIXED = ("seed", "loss_repeats", "prompt_dropout", "freeze_text_norm", "freeze_motion")
+_FIXED = (
+    "seed",
+    "optimizer",
+    "loss_repeats",
+    "prompt_dropout",
+    "freeze_text_norm",
+    "freeze_motion",
+)
 
 
 @training_run(less_memory="activation_checkpointing")
@@ -54,8 +61,8 @@ def train(
 
     Raises:
         InputError: the model is not float32, data and model do not fit, the batch cannot be split,
-            `out` has checkpoints already and `resume` was not asked for, or the resumed run had
-            another scheduler.
+            `out` has checkpoints already and `resume` was not asked for, or the resumed run was
+            of a VAE, or had another seed, optimizer or scheduler.
         CheckpointError: the model has adapters or quantised layers, for which checkpoints have no
             place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.

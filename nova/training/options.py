@@ -5,15 +5,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 from ..errors import InputError
-from ..numeric import check_finite, check_whole, is_finite_number
+from ..numeric import check_finite, check_whole, is_finite_number, whole_number
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 # Generators take seeds below 2^63; every clip of a sheet, and every worker, adds its number.
 LARGEST_SEED = 2**62
+
+
+def check_seed(options: Any) -> None:
+    """Raise InputError unless `seed` of a frozen dataclass is one that generators take."""
+    check_whole(options, "seed", least=0)
+    if options.seed > LARGEST_SEED:
+        raise InputError(f"seed must be at most 2^62, got {options.seed}")
+
+
+def _check_flags(options: Any, *names: str) -> None:
+    """Raise InputError unless these attributes are truth values; NumPy's become Python's."""
+    for name in names:
+        value = getattr(options, name)
+        # By name: the commands read defaults from here, and start sooner without NumPy.
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise InputError(f"{name} must be True or False, got {value!r}")
+        object.__setattr__(options, name, bool(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +94,17 @@ class RunOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out).expanduser())
+        # Absolute: the script that trains may go to another folder between two steps.
+        object.__setattr__(self, "out", Path(self.out).expanduser().absolute())
         check_whole(self, "steps", "batch_size", "save_every", "keep", "log_every", least=1)
-        check_whole(self, "warmup_steps", "sample_every", "workers", "seed", least=0)
+        check_whole(self, "warmup_steps", "sample_every", "workers", least=0)
+        check_seed(self)
+        _check_flags(self, "resume", "progress")
         if self.micro_batch_size is not None:
             check_whole(self, "micro_batch_size", least=1)
         check_finite(
             self, "learning_rate", "min_learning_rate", "weight_decay", "ema_decay", least=0
         )
-        if self.seed > LARGEST_SEED:
-            raise InputError(f"seed must be at most 2^62, got {self.seed}")
         betas = tuple(self.betas) if isinstance(self.betas, Iterable) else ()
         if len(betas) != 2 or not all(map(is_finite_number, betas)):
             raise InputError(f"betas must be two numbers, got {self.betas!r}")
@@ -144,10 +163,13 @@ class TrainingOptions(RunOptions):
         check_whole(
             self, "loss_repeats", "num_samples", "sample_steps", "sample_diffusion_steps", least=1
         )
-        if isinstance(self.sample_prompts, str):
-            raise InputError(
-                f"sample_prompts must be a tuple of sentences, got {self.sample_prompts!r}"
-            )
+        _check_flags(self, "freeze_text_norm", "freeze_motion")
+        given = self.sample_prompts
+        is_list = isinstance(given, Iterable) and not isinstance(given, str)
+        prompts = tuple(given) if is_list else (None,)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"sample_prompts must be a tuple of sentences, got {given!r}")
+        object.__setattr__(self, "sample_prompts", tuple(map(str, prompts)))
         check_finite(self, "sample_guidance", "mask_ratio_mean")
         check_finite(self, "prompt_dropout", "mask_ratio_std", "mask_ratio_min", least=0)
         if self.prompt_dropout > 1:
@@ -160,11 +182,13 @@ class TrainingOptions(RunOptions):
                 f"mask ratios of mean {self.mask_ratio_mean} and deviation {self.mask_ratio_std} "
                 f"hardly ever lie between mask_ratio_min {self.mask_ratio_min} and 1"
             )
-        if self.activation_checkpointing not in (0, 1, 2, 3):
+        level = whole_number(self.activation_checkpointing)
+        if level not in (0, 1, 2, 3):
             raise InputError(
                 f"activation_checkpointing must be 0, 1, 2 or 3, got "
                 f"{self.activation_checkpointing!r}"
             )
+        object.__setattr__(self, "activation_checkpointing", level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,5 +226,6 @@ class VAETrainingOptions(RunOptions):
         super().__post_init__()
         check_finite(self, "kl_weight", "mse_weight", "edge_weight", least=0)
         check_whole(self, "scale_clips", "num_samples", least=1)
+        _check_flags(self, "freeze_encoder")
         if self.crop is not None:
             check_whole(self, "crop", least=1)

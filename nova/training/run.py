@@ -71,8 +71,8 @@ def find_resumed(options: RunOptions, fixed: tuple[str, ...]) -> Path | None:
         fixed: names of options that a run must go on with unchanged.
 
     Raises:
-        InputError: there is a checkpoint and `resume` was not asked for, it has all steps already,
-            or it was made with other values of `fixed`.
+        InputError: there is a checkpoint and `resume` was not asked for, it is of another kind of
+            run, it has all steps already, or it was made with other values of `fixed`.
         MediaError: the folder cannot be made, or not be written into.
     """
     make_output_folder(options.out)
@@ -85,9 +85,16 @@ def find_resumed(options: RunOptions, fixed: tuple[str, ...]) -> Path | None:
             "another folder"
         )
     progress = read_progress(latest)
+    before, now = progress["options"], _recorded(options)
+    # An older run may lack options; one that has others was no run of this kind.
+    if before.keys() - now.keys():
+        raise InputError(
+            f"{options.out} has checkpoints of another kind of run; nova train and nova train-vae "
+            "go on with their own alone: choose another folder"
+        )
     if progress["step"] >= options.steps:
         raise InputError(f"{latest} has {progress['step']} steps already; raise --steps above that")
-    before, now = progress["options"], _recorded(options)
+    fixed = [name for name in fixed if name in before]
     changed = [f"{name}={before[name]!r}" for name in fixed if before[name] != now[name]]
     if changed:
         raise InputError(f"this run was started with {', '.join(changed)}; go on with the same")

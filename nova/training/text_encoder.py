@@ -1,6 +1,7 @@
 """A small text encoder made from captions: a Phi model that predicts tokens or what they say."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..data.seeds import keyed_generator
 from ..devices import torch_defaults
 from ..errors import CheckpointError, DependencyError, InputError
 from ..numeric import check_finite, check_whole
+from .divergence import DivergenceError
+from .options import check_seed
 from .output_folder import make_output_folder
 from .text_objectives import LabelObjective, NextTokenObjective
 from .tokenizer import END_OF_TEXT, end_with, save_tokenizer, train_tokenizer
@@ -75,7 +78,8 @@ class TextEncoderOptions:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_layers", "num_heads", "max_length")
         check_whole(self, *sizes, "batch_size", least=1)
-        check_whole(self, "steps", "seed", least=0)
+        check_whole(self, "steps", least=0)
+        check_seed(self)
         check_whole(self, "vocab_size", least=257)
         check_finite(self, "learning_rate", least=0)
         if self.hidden_size % (4 * self.num_heads):
@@ -133,10 +137,12 @@ def make_text_encoder(
     Raises:
         InputError: no captions, labels of other captions, or a text encoder in the folder already.
         MediaError: the folder cannot be made, or not be written into.
+        CheckpointError: the text encoder cannot be saved; the two folders are not there then.
+        DivergenceError: a loss or gradient is not finite; nothing is written then.
         DependencyError: transformers is not installed.
     """
     options = options or TextEncoderOptions()
-    if not captions:
+    if len(captions) == 0:  # an array has no truth value
         raise InputError("a text encoder needs captions to learn from")
     if labels is not None and len(labels.answers) != len(captions):
         raise InputError(f"{len(labels.answers)} rows of labels for {len(captions)} captions")
@@ -177,8 +183,12 @@ def make_text_encoder(
     try:
         save_tokenizer(tokenizer, tokenizer_dir)
         write_files(text_encoder_dir, model.save_pretrained)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter
-        raise CheckpointError(f"the text encoder cannot be saved: {error}") from error
+    except BaseException as error:  # Ctrl-C too: what is left would refuse the next attempt
+        for path in (text_encoder_dir, tokenizer_dir):
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):  # a full disk is the latter
+            raise CheckpointError(f"the text encoder cannot be saved: {error}") from error
+        raise
     return text_encoder_dir, tokenizer_dir
 
 
@@ -206,7 +216,12 @@ def _fit(
             group["lr"] = options.learning_rate * min((step + 1) / warmup, cosine)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise DivergenceError(
+                f"step {step}: the loss is {loss.item()} and the gradient norm {norm.item()}. "
+                "Lower the learning rate"
+            )
         optimizer.step()
         if on_step is not None:
             on_step(step + 1, loss.item())

@@ -26,7 +26,8 @@ from .state import load_averaged_weights, load_training_state
 _NOISE, _CROP = 4, 5  # purposes of generators, beside those of other draws
 _CROPS_LOOKED_AT = 4
 _UNREADABLE_IN_A_ROW = 100
-_FIXED = ("seed",)
+# A run goes on exactly under the same values of these.
+_FIXED = ("seed", "optimizer")
 
 
 @training_run(less_memory="a smaller crop")
@@ -54,7 +55,8 @@ def train_vae(
 
     Raises:
         InputError: the VAE is not float32, the clips do not fit it, the batch cannot be split, or
-            `out` has checkpoints already and `resume` was not asked for.
+            `out` has checkpoints already and `resume` was not asked for, or the resumed run was
+            not of a VAE, or had another seed or optimizer.
         CheckpointError: the VAE has adapters or quantised layers, for which checkpoints have no
             place; files of the resumed run are missing or damaged.
         DivergenceError: the loss is not finite, or far beyond what it was; checkpoints stay.
