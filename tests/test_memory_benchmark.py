@@ -42,7 +42,7 @@ def test_bad_numbers(capsys, part, option, value, message):
     [
         (["vae", "--frames", "16"], r"--frames must be 1 \+ 4 n, got 16"),
         (["vae", "--height", "100"], "--height and --width must be multiples of 8, got 100"),
-        (["vae", "--tile-latents", "1"], "tile_latents must be at least 2"),
+        (["vae", "--tile-latents", "1"], "tile_latents must be a whole number of at least 2"),
         (["vae", "--tile-pixels", "20"], "do not fit the VAE: use multiples of 8"),
         (["sampling", "--geometry", "tiny-class"], "tiny-class takes no text"),
         (["sampling", "--device", "tpu"], "'tpu' is no device"),
