@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from .errors import DependencyError, InputError
-from .numeric import is_finite_number, whole_number
+from .numeric import checked_count, is_finite_number
 
 SHORTER_SIDE = 256  # pixels
 FPS = 12
@@ -44,8 +44,8 @@ def motion_score(frames: np.ndarray, fps: float = FPS, max_pairs: int | None = N
         raise InputError("a motion score needs at least two frames, got one")
     if not (is_finite_number(fps) and fps > 0):
         raise InputError(f"fps must be a number above 0, got {fps!r}")
-    if max_pairs is not None and (whole_number(max_pairs) or 0) < 1:
-        raise InputError(f"max_pairs must be a whole number of at least 1, got {max_pairs!r}")
+    if max_pairs is not None:
+        max_pairs = checked_count("max_pairs", max_pairs, least=1)
     finder = _flow_finder()
     indices = _frames_at_rate(shape[0], fps)
     pairs = len(indices) - 1

@@ -28,17 +28,25 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+def checked_count(name: str, value: Any, *, least: int) -> int:
+    """A whole number as Python's, which files can hold.
+
+    Raises:
+        InputError: it is none, or below `least`.
+    """
+    number = whole_number(value)
+    if number is None or number < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
 def check_whole(options: Any, *names: str, least: int) -> None:
     """Raise InputError unless these attributes of a frozen dataclass are whole numbers.
 
     NumPy's become Python's, which files can hold.
     """
     for name in names:
-        value = getattr(options, name)
-        number = whole_number(value)
-        if number is None or number < least:
-            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        object.__setattr__(options, name, number)
+        object.__setattr__(options, name, checked_count(name, getattr(options, name), least=least))
 
 
 def check_finite(options: Any, *names: str, least: float = -math.inf) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import expand_home, read_json
 from ..errors import CheckpointError, InputError
-from ..numeric import whole_number
+from ..numeric import checked_count
 from ..vae import sample_latents
 from .shards import INDEX_NAME, ShardIndex
 
@@ -57,11 +57,9 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike, *, max_latent_length: int | None = None):
         self.folder = expand_home(folder)
-        length = whole_number(max_latent_length)
-        if max_latent_length is not None and (length is None or length < 1):
-            raise InputError(
-                f"max_latent_length must be a whole number of at least 1, got {max_latent_length!r}"
-            )
+        length = max_latent_length
+        if length is not None:
+            length = checked_count("max_latent_length", length, least=1)
         if not (self.folder / INDEX_NAME).is_file():
             raise InputError(
                 f"{self.folder} has no {INDEX_NAME}; make encoded data with: nova encode"

@@ -17,7 +17,7 @@ from ..checkpoint import expand_home, save_state_dict, write_json
 from ..codec import LatentCodec
 from ..devices import out_of_memory
 from ..errors import InputError, NovaError
-from ..numeric import whole_number
+from ..numeric import checked_count
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
 from .loading import load, worker_failures
@@ -72,9 +72,9 @@ def encode_clips(
         DeviceError: memory is short, or a process that reads clips was lost. What was finished
             stays.
     """
-    shard_size = _count("shard_size", shard_size, least=1)
-    batch_size = _count("batch_size", batch_size, least=1)
-    workers = _count("workers", workers, least=0)
+    shard_size = checked_count("shard_size", shard_size, least=1)
+    batch_size = checked_count("batch_size", batch_size, least=1)
+    workers = checked_count("workers", workers, least=0)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} must be one of {list(DTYPES)}")
     folder = expand_home(folder)
@@ -110,14 +110,6 @@ def encode_clips(
     if not index.samples:
         raise InputError(f"no clip could be used; {folder / SKIPPED_NAME} says why")
     return index
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    """An argument as Python's whole number, which an index can hold."""
-    number = whole_number(value)
-    if number is None or number < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number
 
 
 def _open_index(

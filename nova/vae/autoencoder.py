@@ -11,7 +11,7 @@ from nova_kernels.out_of_memory import is_out_of_gpu_memory
 from ..altered_layers import is_altered
 from ..errors import InputError
 from ..noise import Generators, NoiseSource
-from ..numeric import whole_number
+from ..numeric import checked_count
 from .config import VAEConfig
 from .framewise import decode_framewise, encode_framewise
 from .layers import Decoder, Encoder
@@ -85,10 +85,7 @@ class CausalVideoVAE(nn.Module):
     @tile_latents.setter
     def tile_latents(self, value: int) -> None:
         # Tiles overlap by one: those of one latent would never advance.
-        number = whole_number(value)
-        if number is None or number < 2:
-            raise InputError(f"tile_latents must be a whole number of at least 2, got {value!r}")
-        self._tile_latents = number
+        self._tile_latents = checked_count("tile_latents", value, least=2)
 
     @property
     def dtype(self) -> torch.dtype:
