@@ -83,7 +83,8 @@ def _flow_finder():
 def _frames_at_rate(count: int, fps: float) -> np.ndarray:
     """Numbers of the frames nearest to 12 a second: all of a slower clip, at least two."""
     step = min(max(fps / FPS, 1), count - 1)
-    return np.unique(np.arange(0, count - 0.5, step).round().astype(int))
+    numbers = np.arange(0, count - 0.5, step).round().astype(int)
+    return np.unique(numbers.clip(max=count - 1))  # In floats the last may be at count - 0.5.
 
 
 def _gray(frame: np.ndarray) -> np.ndarray:

@@ -52,6 +52,12 @@ def test_score_does_not_depend_on_the_frame_rate(fps):
     assert motion_score(translating(3 * 12 / fps, 11), fps=fps) == pytest.approx(3, rel=0.1)
 
 
+def test_rates_that_end_between_two_frames():
+    """In floats 26 steps of 249 / 156 frames are not less than 41.5."""
+    clip = np.zeros((42, 32, 32, 3), np.uint8)
+    assert motion_score(clip, fps=249 / 13) == 0
+
+
 def test_two_frames_are_enough():
     assert motion_score(translating(2, 2), fps=12) == pytest.approx(2, rel=0.1)
     assert motion_score(translating(2, 2), fps=60) == pytest.approx(10, rel=0.1)

@@ -88,23 +88,37 @@ def test_labels_of_one_shape():
 # --- drawing --------------------------------------------------------------------------------
 
 
+def check_places(scene, frames, height, width):
+    """Shapes are inside of the frame and apart, on the sides that their relation says."""
+    boxes = []
+    for thing, track in zip(scene.objects, paths(scene, frames, height, width), strict=True):
+        left_up, right_down = extents(thing.shape)
+        low = track[:, :2] - left_up * track[:, 2:]
+        high = track[:, :2] + right_down * track[:, 2:]
+        assert low.min() >= 0 and (high <= [width, height]).all()
+        boxes.append((low, high))
+    if scene.relation is not None:
+        axis, first_in_front = RELATIONS[scene.relation]
+        (_, end), (start, _) = boxes if first_in_front else boxes[::-1]
+        assert (end[:, axis] < start[:, axis]).all()
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes_stay_inside_the_frame_and_keep_their_relation(size):
-    frames, height, width = size
     for seed in range(150):
-        scene = sampled(seed)
-        tracks = paths(scene, frames, height, width)
-        boxes = []
-        for thing, track in zip(scene.objects, tracks, strict=True):
-            left_up, right_down = extents(thing.shape)
-            low = track[:, :2] - left_up * track[:, 2:]
-            high = track[:, :2] + right_down * track[:, 2:]
-            assert low.min() >= 0 and (high <= [width, height]).all()
-            boxes.append((low, high))
-        if scene.relation is not None:
-            axis, first_in_front = RELATIONS[scene.relation]
-            (_, end), (start, _) = boxes if first_in_front else boxes[::-1]
-            assert (end[:, axis] < start[:, axis]).all()
+        check_places(sampled(seed), *size)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_shapes_too_large_for_the_frame_are_drawn_smaller(relation):
+    """Scenes made by hand; none that is sampled is so full."""
+    for first, second, motion in itertools.product(SHAPES, SHAPES, ("still", "left")):
+        speed = None if motion == "still" else "slow"
+        things = (
+            shapes.SceneObject(first, "red", "still", "large", None),
+            shapes.SceneObject(second, "blue", motion, "large", speed),
+        )
+        check_places(shapes.Scene(things, "white", relation), 9, 64, 64)
 
 
 @pytest.mark.parametrize("motion,speed", itertools.product(DIRECTIONS, SPEEDS))

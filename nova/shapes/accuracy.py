@@ -7,7 +7,7 @@ import numpy as np
 
 from ..motion import require_opencv
 from .checking import check
-from .dataset import clip
+from .dataset import ShapesDataset
 from .measuring import measure
 
 JPEG_QUALITY = 60
@@ -43,11 +43,10 @@ def measuring_accuracy(
         shuffled: compare each clip with the scene of the next one: the floor.
         num_frames, side: of the square clips.
     """
+    clips = ShapesDataset(seed, count, num_frames, side, side, held_out=None)
     rng = np.random.default_rng(seed)
-    options = {"num_frames": num_frames, "height": side, "width": side, "held_out": None}
     scenes, measurements = [], []
-    for index in range(count):
-        frames, _, scene = clip(seed, index, **options)
+    for frames, _, scene in clips:
         scenes.append(scene)
         measurements.append(measure(frames if change is None else change(frames, rng)))
     if shuffled:

@@ -86,9 +86,11 @@ def _boxes(scene: Scene, num_frames: int, height: int, width: int) -> list[np.nd
     free = available - sum(spans)
     if free >= 0:
         front = spans[0] + share * free
-    else:  # Both have less room to move or grow, in proportion.
+    elif available >= sum(sizes):  # Both have less room to move or grow, in proportion.
         wanted = sum(spans) - sum(sizes)
         front = sizes[0] + (available - sum(sizes)) * (spans[0] - sizes[0]) / wanted
+    else:  # Both are drawn smaller, in proportion.
+        front = sizes[0] * available / sum(sizes)
     boxes = [whole.copy(), whole.copy()]
     boxes[0][1, axis] = whole[0, axis] + front
     boxes[1][0, axis] = whole[0, axis] + front + gap
