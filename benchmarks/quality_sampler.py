@@ -10,8 +10,8 @@ from quality_cases import Case
 import nova
 from nova import shapes
 from nova.codec import to_pixels
+from nova.data.clips import VIDEO_STRIDE
 from nova.errors import InputError
-from nova.inputs import VIDEO_STRIDE
 from nova.outputs import convert_pixels
 from nova.pipeline import DEFAULT_LATENT_FRAMES
 from nova.request import Request

@@ -15,6 +15,7 @@ from .altered_layers import uncompiled, weights_to_save
 from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
 from .errors import CheckpointError, ConfigError, DependencyError, InputError
 from .noise import Generators
+from .numeric import check_multiples, checked_count
 from .vae import CausalVideoVAE, StreamingDecoder, VAEConfig, sample_latents
 
 VIDEO_CLASSES = ("AutoencoderKLOpenSora", "CausalVideoVAE")
@@ -54,18 +55,12 @@ class LatentCodec:
             DependencyError: an image VAE without diffusers.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json")
-        name = config.get("_class_name")
-        if name in VIDEO_CLASSES:
+        config = _read_config(folder)
+        if isinstance(config, VAEConfig):
             with torch.device("meta"):
-                module: nn.Module = CausalVideoVAE(VAEConfig.from_dict(config))
-        elif name == IMAGE_CLASS:
-            module = _image_vae(config)
+                module: nn.Module = CausalVideoVAE(config)
         else:
-            raise CheckpointError(
-                f"{folder / 'config.json'} names the class {name!r}; known are "
-                f"{', '.join((*VIDEO_CLASSES, IMAGE_CLASS))}"
-            )
+            module = _image_vae(config)
         weights = load_state_dict(folder, allow_pickle=allow_pickle)
         load_strict(module, _renamed(weights), str(folder))
         return cls(module).to(dtype=torch_dtype)
@@ -113,24 +108,33 @@ class LatentCodec:
 
     @property
     def is_video(self) -> bool:
+        """Whether it encodes clips; an image VAE encodes single frames."""
         return isinstance(uncompiled(self.module), CausalVideoVAE)
 
     @property
     def latent_channels(self) -> int:
+        """Channels of a latent."""
         return self.module.config.latent_channels
 
     @property
     def scaling_factor(self) -> float:
+        """What the VAE's own latents are multiplied by, after `shift_factor` was subtracted."""
         return self.module.config.scaling_factor
 
     @property
     def shift_factor(self) -> float:
+        """What is subtracted from the VAE's own latents; 0 in most."""
         return self.module.config.shift_factor or 0.0
 
     @property
     def spatial_factor(self) -> int:
         """Pixels along a side of a latent."""
         return 2 ** (len(self.module.config.block_out_channels) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames of a latent frame, after the first, which stands for one."""
+        return self.module.config.temporal_factor if self.is_video else 1
 
     @torch.no_grad()
     def encode(
@@ -144,8 +148,7 @@ class LatentCodec:
         """Scaled latents.
 
         Args:
-            pixels: (B, 3, H, W), or (B, 3, T, H, W) with T = 1 + 4n for a video VAE, T = 1 for an
-                image VAE; values in [-1, 1].
+            pixels: as for `encode_moments`.
             generator: one, or a list of one a sample, on any device.
             sample: draw from the posterior; False gives its mean.
             batch_size: samples that go through the network at a time.
@@ -156,12 +159,28 @@ class LatentCodec:
         Raises:
             InputError: other shapes, or a batch size below 1.
         """
-        encode = self.module.encode_moments if self.is_video else self._image_moments
-        with without_autocast(self.module.device):
-            moments = [encode(part) for part in _parts(pixels, batch_size)]
+        moments = [self.encode_moments(part) for part in _parts(pixels, batch_size)]
         mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
         latents = sample_latents(mean, logvar, generator) if sample else mean
         return ((latents - self.shift_factor) * self.scaling_factor).to(self.module.dtype)
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, neither scaled.
+
+        Args:
+            pixels: (B, 3, H, W), or (B, 3, T, H, W) with T = 1 + 4n for a video VAE, T = 1 for an
+                image VAE; values in [-1, 1].
+
+        Returns:
+            Two float32 tensors (B, channels, h, w), or with the frame axis.
+
+        Raises:
+            InputError: other shapes.
+        """
+        encode = self.module.encode_moments if self.is_video else self._image_moments
+        with without_autocast(self.module.device):
+            return encode(pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 1) -> Tensor:
@@ -203,12 +222,7 @@ class LatentCodec:
 
     def _image_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         images = _as_images(pixels, self.module.config.in_channels, "pixels")
-        factor, (height, width) = self.spatial_factor, images.shape[2:]
-        if height % factor or width % factor:
-            # The network would crop them.
-            raise InputError(
-                f"pixels are {height} x {width}; height and width must be multiples of {factor}"
-            )
+        check_multiples(*images.shape[2:], self.spatial_factor)  # The network would crop them.
         images = images.to(self.module.device, self.module.dtype)
         posterior = self.module.encode(images).latent_dist
         return tuple(_like(pixels, x.float()) for x in (posterior.mean, posterior.logvar))
@@ -220,6 +234,30 @@ class LatentCodec:
         return _like(latents, images)
 
 
+def read_temporal_factor(folder: Path) -> int:
+    """`LatentCodec.temporal_factor` of a vae/ folder, from its config alone.
+
+    Raises:
+        CheckpointError, ConfigError: see `LatentCodec.load`.
+    """
+    config = _read_config(folder)
+    return config.temporal_factor if isinstance(config, VAEConfig) else 1
+
+
+def _read_config(folder: Path) -> VAEConfig | dict[str, Any]:
+    """The config of a vae/ folder: of a video VAE, or as diffusers wrote that of an image VAE."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name in VIDEO_CLASSES:
+        return VAEConfig.from_dict(config)
+    if name == IMAGE_CLASS:
+        return config
+    raise CheckpointError(
+        f"{folder / 'config.json'} names the class {name!r}; known are "
+        f"{', '.join((*VIDEO_CLASSES, IMAGE_CLASS))}"
+    )
+
+
 def to_pixels(clips: Sequence[np.ndarray]) -> Tensor:
     """Clips uint8 (T, H, W, 3) of equal shape -> float32 (B, 3, T, H, W) in [-1, 1]."""
     frames = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
@@ -227,9 +265,7 @@ def to_pixels(clips: Sequence[np.ndarray]) -> Tensor:
 
 
 def _parts(x: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    return x.split(batch_size)
+    return x.split(checked_count("batch_size", batch_size, least=1))
 
 
 def _as_images(x: Tensor, channels: int, name: str) -> Tensor:

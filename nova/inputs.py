@@ -21,8 +21,6 @@ from .media.reading import image_to_array
 from .model import NULL_CLASS, TextEmbed
 from .text import PromptTruncationWarning
 
-VIDEO_STRIDE = 4  # pixel frames of a latent frame, but for the first
-
 
 class InputWarning(UserWarning):
     """An input was changed to fit (resized, cropped), or a setting of torch has no effect."""
@@ -153,11 +151,12 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     return to_pixels([_fitted(a, size, "image")[None] for a in arrays])[:, :, 0]
 
 
-def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
-    """A clip as (1, 3, T, H, W) in [-1, 1] with T = 1 + 4n: the last such frames.
+def video_pixels(video: Any, size: tuple[int, int], fps: float, stride: int) -> Tensor:
+    """A clip as (1, 3, T, H, W) in [-1, 1] with T = 1 + stride * n: the last such frames.
 
     Args:
         video: a path (read at `fps`), a uint8 array (T, H, W, 3), or a list of PIL images.
+        stride: pixel frames of a latent frame, but for the first.
     """
     if isinstance(video, list | tuple):
         if not video:
@@ -168,11 +167,11 @@ def video_pixels(video: Any, size: tuple[int, int], fps: float) -> Tensor:
             raise InputError(f"frames of a video must be of one size, got {sizes}")
         video = np.stack(frames)
     frames = _array(video, lambda path: read_video(path, fps=fps)[0], 4, "video")
-    count = 1 + VIDEO_STRIDE * ((len(frames) - 1) // VIDEO_STRIDE)
+    count = 1 + stride * ((len(frames) - 1) // stride)
     if count != len(frames):
         warnings.warn(
             f"the last {count} of the clip's {len(frames)} frames are used (1 + a multiple of "
-            f"{VIDEO_STRIDE} is needed)",
+            f"{stride} is needed)",
             InputWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Which arguments are numbers."""
+"""Checks of arguments that are numbers."""
 
 import math
 import operator
@@ -9,7 +9,7 @@ from .errors import InputError
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether it is a real number, Python's or NumPy's, but NaN, infinity or a truth value."""
+    """Whether it is a finite real number, Python's or NumPy's; truth values are none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
@@ -38,6 +38,16 @@ def checked_count(name: str, value: Any, *, least: int) -> int:
     if number is None or number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def check_multiples(height: int, width: int, factor: int) -> None:
+    """Raise InputError unless a VAE whose latents stand for `factor` pixels takes this size."""
+    if height % factor or width % factor:
+        nearest = [max(round(size / factor), 1) * factor for size in (height, width)]
+        raise InputError(
+            f"height and width must be multiples of {factor} for this VAE, for example "
+            f"{nearest[0]} x {nearest[1]}; got {height} x {width}"
+        )
 
 
 def check_whole(options: Any, *names: str, least: int) -> None:

@@ -353,6 +353,7 @@ class NOVAPipeline:
 
     def _prepare(self, request: Request) -> Run:
         """Check a request against this model, and encode its prompts and pictures."""
+        self._interrupt = False  # of a run before; from here on it stops this one
         num_frames = request.max_latent_length
         if num_frames is None:
             num_frames = min(DEFAULT_LATENT_FRAMES, self.config.time_base)
@@ -374,7 +375,8 @@ class NOVAPipeline:
         noise = NoiseSource(request.generator, batch, dtype=self.dtype, device=self.device)
         given = self._given_latents(request, batch)
         if given is not None:
-            given = given.detach().to(conditioning.tokens)
+            # A copy: parts of the batch and items of a stream may be computed much later.
+            given = given.detach().to(conditioning.tokens, copy=True)
         samples = range(batch)
         return Run(request, num_frames, sizes, schedule, conditioning, noise, given, batch, samples)
 
@@ -439,7 +441,9 @@ class NOVAPipeline:
         else:
             # One rate for all samples is what a file can be read at.
             rates = request.fps if isinstance(request.fps, list | tuple) else [request.fps]
-            pixels = inputs.video_pixels(request.video, self.config.image_size, rates[0])
+            pixels = inputs.video_pixels(
+                request.video, self.config.image_size, rates[0], self.vae.temporal_factor
+            )
         generator = request.generator
         if isinstance(generator, list | tuple):
             # One draw a sample, from its own generator.
@@ -464,7 +468,6 @@ class NOVAPipeline:
             return torch.stack(list(self._frames(run.part(start, stop, states))), dim=2)
 
         latents = []
-        self._interrupt = False
         with self._working("transformer"), self._sampling_out_of_memory():
             for part in parts.run(sample_part):
                 latents.append(part)
@@ -522,7 +525,6 @@ class NOVAPipeline:
 
     def _stream(self, run: Run, side: SideStream | None) -> Iterator[StreamedFrames]:
         """What `stream` yields, one part of the batch after the other."""
-        self._interrupt = False
         states = run.noise.states()
         size = run.request.max_batch_size or run.batch_size
         with self._working("transformer", "vae"), side or contextlib.nullcontext():

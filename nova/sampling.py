@@ -102,10 +102,10 @@ def generate_frames(
             context = graphs.video_context(model, conditioning, guidance, window)
         order: TokenOrder | None = None
     with closing(context):
-        while len(history) < num_frames:
+        for frame in range(len(history), num_frames):
             with torch.inference_mode(), without_autocast(device):
                 if context.num_seen in (0, window):
-                    is_full = len(history) >= window
+                    is_full = frame >= window
                     cond = context.start(history[-(window // 2) :] if is_full else history)
                 else:
                     cond = context.advance(history[-1])
@@ -117,10 +117,11 @@ def generate_frames(
                     order,
                     set_sizes=set_sizes,
                     noise=noise,
-                    frame=len(history),
+                    frame=frame,
                     on_set_end=on_set_end,
                 )
             history.append(latents)
+            del history[:-window]  # never read again; a stream may be long
             # A clone made outside inference mode is an ordinary tensor: callers may edit it.
             yield latents.clone()
 

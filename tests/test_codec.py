@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import small_image_codec
 
-from nova.codec import LatentCodec
+from nova.codec import LatentCodec, read_temporal_factor
 from nova.errors import CheckpointError, ConfigError, DependencyError, InputError
 from nova.vae import CausalVideoVAE, VAEConfig
 
@@ -37,6 +37,15 @@ def pixels_of(*shape, seed=0):
 
 def latents_of(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_moments_whatever_autocast_says(codec, image_codec):
+    given = (codec, pixels_of(1, 3, 5, 16, 16)), (image_codec, pixels_of(2, 3, 16, 16))
+    for one, pixels in given:
+        expected = one.encode_moments(pixels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for moments, wanted in zip(one.encode_moments(pixels), expected, strict=True):
+                assert torch.equal(moments, wanted)
 
 
 def seeds(*numbers):
@@ -83,6 +92,8 @@ def test_save_and_load(name, request, tmp_path):
     assert_same_weights(loaded, codec)
     assert loaded.scaling_factor == codec.scaling_factor
     assert loaded.shift_factor == codec.shift_factor
+    factor = read_temporal_factor(tmp_path / "parent" / "vae")
+    assert factor == loaded.temporal_factor == (4 if codec.is_video else 1)
     assert not loaded.module.training
     assert not any(p.requires_grad for p in loaded.module.parameters())
     latents = latents_of(1, 4, 2, 2)

@@ -31,7 +31,6 @@ from nova.data import (
 )
 from nova.data.encoding import fingerprint
 from nova.data.seeds import keyed_generator
-from nova.data.shard_tensors import posterior_moments
 from nova.data.shards import ShardIndex
 from nova.errors import CheckpointError, DeviceError, InputError, MediaError, NovaError
 from nova.media import write_image, write_video
@@ -242,8 +241,7 @@ def test_encoded_rows_are_what_the_models_give(tmp_path, codec, text_encoder):
     assert len(data) == 5 and data.latent_shape == (4, 2, 4, 4)
     for index in (4, 0, 3):
         clip, sample = source[index], data[index]
-        with torch.no_grad():
-            mean, logvar = posterior_moments(codec, to_pixels([clip.frames]))
+        mean, logvar = codec.encode_moments(to_pixels([clip.frames]))
         torch.testing.assert_close(sample.mean, mean[0])
         torch.testing.assert_close(sample.logvar, logvar[0])
         torch.testing.assert_close(sample.text, text_encoder.encode([clip.caption])[0])
@@ -532,7 +530,7 @@ def test_latents_that_cannot_be_stored(
     tmp_path, codec, text_encoder, monkeypatch, value, error, message
 ):
     moments = torch.full((2, 1, 4, 2, 4, 4), value)
-    monkeypatch.setattr("nova.data.shard_tensors.posterior_moments", lambda *_: (*moments,))
+    monkeypatch.setattr(codec, "encode_moments", lambda _: (*moments,))
     with pytest.raises(error, match=message):
         encode_clips(
             GradientSource(1), tmp_path, codec, text_encoder, dtype="float16", show_progress=False

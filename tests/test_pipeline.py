@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nova
+from nova.codec import LatentCodec, to_pixels
 from nova.config import named_config
 from nova.engine import SamplingGraphs
 from nova.errors import CheckpointError, InputError
@@ -25,7 +26,7 @@ from nova.model import NOVATransformer
 from nova.schedule import FlowMatchConfig
 from nova.text import PromptTruncationWarning
 from nova.training.checkpoints import FrozenParts
-from nova.vae import framewise
+from nova.vae import CausalVideoVAE, VAEConfig, framewise
 
 PROMPT = "a red circle moving right"
 FAST = {"num_inference_steps": 3, "num_diffusion_steps": 2, "disable_progress_bar": True}
@@ -261,6 +262,22 @@ def test_continuing_a_clip(pipe):
     assert longer.shape[2] == 4 and torch.equal(longer, same)
 
 
+def test_continuing_a_clip_with_a_vae_that_keeps_the_frame_rate(pipe, monkeypatch, recwarn):
+    config = {
+        **pipe.vae.module.config.to_dict(),
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    codec = LatentCodec(CausalVideoVAE(VAEConfig.from_dict(config)))
+    assert codec.temporal_factor == 1 and pipe.vae.temporal_factor == 4
+    monkeypatch.setattr(pipe, "vae", codec)
+    clip = np.stack([picture(seed=s) for s in range(4)])
+    longer = latents_of(pipe, video=clip, max_latent_length=5)
+    assert longer.shape[2] == 5 and not recwarn.list
+    given = codec.encode(to_pixels([clip]), seeded(0))
+    assert torch.equal(longer[:, :, :4], given)
+
+
 def test_latents_in_and_out(pipe):
     whole = latents_of(pipe)
     listed = latents_of(pipe, latents=[whole[:, :, 0], whole[:, :, 1]])
@@ -451,6 +468,21 @@ def test_who_is_stopped_stops_nobody_else(pipe):
     assert pipe(PROMPT, **options).latents.shape[2] == 3
 
 
+def test_a_stop_before_the_first_step(pipe, monkeypatch):
+    """Of a stream that is not read yet, and while the prompt of a call is being encoded."""
+    stream = pipe.stream(PROMPT, output_type="pt", max_latent_length=3, **FAST)
+    pipe._interrupt = True
+    assert [item.index for item in stream] == [0]
+    encode = pipe.text_encoder.encode
+
+    def stop_and_encode(prompts):
+        pipe._interrupt = True
+        return encode(prompts)
+
+    monkeypatch.setattr(pipe.text_encoder, "encode", stop_and_encode)
+    assert pipe(PROMPT, max_latent_length=3, **FAST).latents.shape[2] == 1
+
+
 def test_what_a_callback_gets_is_an_ordinary_tensor(pipe):
     seen = []
 
@@ -492,6 +524,24 @@ def test_items_of_a_stream_may_be_edited(pipe):
     for item in pipe.stream(PROMPT, generator=seeded(0), **options):
         assert torch.equal(item.latents, expected[:, :, item.index])
         item.latents.mul_(0.5)
+
+
+def test_given_latents_may_be_edited_while_they_are_gone_on_from(pipe):
+    prompts, given = [PROMPT, "a dog"], latents_of(pipe)[:, :, :2].repeat(2, 1, 1, 1, 1)
+    options = {"output_type": "latent", "max_latent_length": 3, "max_batch_size": 1, **FAST}
+    expected = pipe(prompts, latents=given, generator=seeded(0, 1), **options).latents
+    edited = given.clone()
+    stream = pipe.stream(prompts, latents=edited, generator=seeded(0, 1), **options)
+    edited.zero_()
+    assert torch.equal(torch.cat([item.latents for item in stream]), expected[:, :, 2])
+    edited.copy_(given)
+
+    def edit(*_):
+        edited.zero_()
+
+    options["callback_on_step_end"] = edit
+    called = pipe(prompts, latents=edited, generator=seeded(0, 1), **options).latents
+    assert torch.equal(called, expected)
 
 
 def test_given_latents_with_gradients(pipe):

@@ -1,8 +1,18 @@
 """The exact sampler: equal to the plain loops, each saving alone, and what goes beyond them."""
 
+import gc
+
 import pytest
 import torch
-from small_models import SMALL, SMALL_IMAGE, SMALL_ROTARY, sample, small_model, small_prompts
+from small_models import (
+    SMALL,
+    SMALL_IMAGE,
+    SMALL_ROTARY,
+    sample,
+    sample_frames,
+    small_model,
+    small_prompts,
+)
 
 import nova_kernels
 from nova.conditioning import Conditioning
@@ -291,6 +301,16 @@ def test_longer_than_trained(config):
     assert torch.isfinite(windowed).all() and windowed.shape[2] == 7
     # The first window is a whole run of that length.
     assert_same(windowed[:, :, :3], sample(model, num_frames=3))
+
+
+def test_a_window_forgets_what_it_will_not_see_again():
+    def count_latents():
+        shape = (2, 4, 8, 8)
+        return sum(type(x) is torch.Tensor and x.shape == shape for x in gc.get_objects())
+
+    frames = sample_frames(small_model(), num_frames=11, context_frames=3)
+    counts = [count_latents() for _ in frames]
+    assert max(counts[:4]) == max(counts)
 
 
 def test_window_sees_the_later_half_of_the_last_one():

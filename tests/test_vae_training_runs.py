@@ -129,7 +129,9 @@ def test_crops_show_what_is_there():
 def test_a_source_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot be read, the last one because: clip"):
         run_vae(tmp_path, GradientSource(3, broken=range(3)))
-    with pytest.raises(InputError, match="multiples of 8 for this VAE, got 36 x 32"):
+    with pytest.raises(
+        InputError, match="multiples of 8 for this VAE, for example 32 x 32; got 36 x 32"
+    ):
         run_vae(tmp_path, GradientSource(3, height=36))
 
 

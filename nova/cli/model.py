@@ -7,6 +7,7 @@ import torch
 
 from .. import inputs
 from ..checkpoint import find_folder
+from ..codec import read_temporal_factor
 from ..config import ModelConfig
 from ..devices import check_device, out_of_memory
 from ..errors import InputError
@@ -93,10 +94,9 @@ class ModelFiles:
                     f"{self.folder} is an image model; --image and --video need a video model"
                 )
         wanted = wanted or min(DEFAULT_LATENT_FRAMES, self.config.time_base)
-        pixel_frames = 1 if request.image is not None else 0
+        given = 0 if request.image is None else 1
         if request.video is not None:
-            pixel_frames = len(request.video)
-        given = 1 + (pixel_frames - 1) // inputs.VIDEO_STRIDE
+            given = 1 + (len(request.video) - 1) // read_temporal_factor(self.folder / "vae")
         if given >= wanted:
             raise InputError(
                 f"what is given is {given} of {wanted} latent frames already; to make more, "

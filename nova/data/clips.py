@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import InputError
-from ..inputs import VIDEO_STRIDE
 from ..numeric import check_finite, check_whole
 
+VIDEO_STRIDE = 4  # pixel frames of a latent frame, but for the first, of the released VAE
 # Optical flow costs more than all else that is done to a small clip; motion changes slowly.
 MOTION_PAIRS = 6
 

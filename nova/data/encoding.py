@@ -17,7 +17,7 @@ from ..checkpoint import expand_home, save_state_dict, write_json
 from ..codec import LatentCodec
 from ..devices import out_of_memory
 from ..errors import InputError, NovaError
-from ..numeric import checked_count
+from ..numeric import check_multiples, checked_count
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
 from .loading import load, worker_failures
@@ -145,16 +145,10 @@ def _open_index(
             )
         return index
     wanted, factor = source.format, codec.spatial_factor
-    length = 1
-    if codec.is_video:
-        length += (wanted.num_frames - 1) // codec.module.config.temporal_factor
-    elif wanted.num_frames > 1:
+    length = 1 + (wanted.num_frames - 1) // codec.temporal_factor
+    if wanted.num_frames > 1 and not codec.is_video:
         raise InputError("an image VAE encodes images: num_frames must be 1")
-    if wanted.height % factor or wanted.width % factor:
-        raise InputError(
-            f"height and width must be multiples of {factor} for this VAE, got "
-            f"{wanted.height} x {wanted.width}"
-        )
+    check_multiples(wanted.height, wanted.width, factor)
     return ShardIndex(
         settings=settings,
         latent_shape=(

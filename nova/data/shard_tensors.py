@@ -79,19 +79,10 @@ class ShardTensors:
         return {**tensors, "text": text, "text_offsets": lengths.cumsum(0)}
 
     def _encode_frames(self) -> None:
-        mean, logvar = posterior_moments(self._codec, to_pixels(self._frames))
+        mean, logvar = self._codec.encode_moments(to_pixels(self._frames))
         self._means.append(_stored(mean, self._dtype, "latents"))
         self._logvars.append(_stored(logvar, self._dtype, "latents"))
         self._frames = []
-
-
-def posterior_moments(codec: LatentCodec, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance (B, C, T, h, w), float32 and unscaled, of pixels (B, 3, F, H, W)."""
-    if codec.is_video:
-        return codec.module.encode_moments(pixels)
-    module = codec.module
-    posterior = module.encode(pixels[:, :, 0].to(module.device, module.dtype)).latent_dist
-    return posterior.mean.float()[:, :, None], posterior.logvar.float()[:, :, None]
 
 
 def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -15,6 +15,7 @@ from ..data import ClipSource, ShuffledOrder
 from ..data.seeds import keyed_generator
 from ..errors import InputError, NovaError
 from ..media import compare_clips, to_uint8, write_image
+from ..numeric import check_multiples
 from ..vae import CausalVideoVAE, VAEConfig
 from .engine import Engine, make_accelerator
 from .options import VAETrainingOptions
@@ -145,11 +146,7 @@ class ClipSamples(Dataset):
 
     def __init__(self, source: ClipSource, config: VAEConfig, seed: int, crop: int | None = None):
         wanted, factor = source.format, config.spatial_factor
-        if wanted.height % factor or wanted.width % factor:
-            raise InputError(
-                f"height and width must be multiples of {factor} for this VAE, got "
-                f"{wanted.height} x {wanted.width}"
-            )
+        check_multiples(wanted.height, wanted.width, factor)
         if crop is not None and (crop % factor or crop > min(wanted.height, wanted.width)):
             raise InputError(
                 f"crop must be a multiple of {factor} for this VAE, and at most the clips' "

@@ -11,7 +11,7 @@ from nova_kernels.out_of_memory import is_out_of_gpu_memory
 from ..altered_layers import is_altered
 from ..errors import InputError
 from ..noise import Generators, NoiseSource
-from ..numeric import checked_count
+from ..numeric import check_multiples, checked_count, is_finite_number
 from .config import VAEConfig
 from .framewise import decode_framewise, encode_framewise
 from .layers import Decoder, Encoder
@@ -49,14 +49,14 @@ class CausalVideoVAE(nn.Module):
             stream gives its frame at once; the first tile comes behind it, without that frame.
 
     Raises:
-        InputError: `tile_latents` below 2.
+        InputError: `tile_latents` below 2, or a `memory_budget` that is none of these.
     """
 
     def __init__(
         self,
         config: VAEConfig,
         tile_latents: int = 5,
-        memory_budget: int | str | None = AUTO,
+        memory_budget: float | str | None = AUTO,
         *,
         first_frame_alone: bool = False,
     ):
@@ -86,6 +86,17 @@ class CausalVideoVAE(nn.Module):
     def tile_latents(self, value: int) -> None:
         # Tiles overlap by one: those of one latent would never advance.
         self._tile_latents = checked_count("tile_latents", value, least=2)
+
+    @property
+    def memory_budget(self) -> float | str | None:
+        """Bytes that hidden tensors may take, "auto", or None; may be set."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value: float | str | None) -> None:
+        if value is not None and value != AUTO and not is_finite_number(value):
+            raise InputError(f'memory_budget must be bytes, "auto" or None, got {value!r}')
+        self._memory_budget = value
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,7 +256,7 @@ class CausalVideoVAE(nn.Module):
         return self._in_budget(decode)
 
     def _in_budget(self, compute: Callable[[float], Tensor]) -> Tensor:
-        """Compute in the bytes there are; if those were fewer than "auto" counted, in the least."""
+        """Compute within the budget; where a GPU's memory ends all the same, again in the least."""
         budget = self._budget()
         try:
             return compute(budget)
@@ -260,9 +271,10 @@ class CausalVideoVAE(nn.Module):
         return compute(0)
 
     def _is_framewise(self, part: nn.Module, largest: int, budget: float) -> bool:
-        """Whether the plain forward pass of a part is too large, and not the only one it has.
+        """Whether to compute a part frame by frame.
 
-        It takes some four copies of its largest tensor, of so many elements.
+        Its plain pass takes about four copies of its largest tensor, of `largest` elements. Where
+        that is more than `budget`, only altered layers, which nothing else runs, keep it.
         """
         plain_bytes = 4 * largest * self.dtype.itemsize
         # Frame by frame, layers are not called themselves.
@@ -283,13 +295,8 @@ class CausalVideoVAE(nn.Module):
 
     def _check_pixels(self, video: Tensor) -> None:
         frames, height, width = video.shape[2:]
-        factor, steps = self.config.spatial_factor, self.config.temporal_factor
-        if height % factor or width % factor:
-            nearest = [max(round(size / factor), 1) * factor for size in (height, width)]
-            raise InputError(
-                f"pixels are {height} x {width}; height and width must be multiples of {factor}, "
-                f"for example {nearest[0]} x {nearest[1]}"
-            )
+        check_multiples(height, width, self.config.spatial_factor)
+        steps = self.config.temporal_factor
         if (frames - 1) % steps:
             # Anything else would silently lose the last frames.
             fewer = 1 + (frames - 1) // steps * steps

@@ -144,9 +144,10 @@ class NormSilu:
         # Mean and mean square deviation of every row of pixels. All rows have the same length, so
         # the variance of a group is the mean of its rows' variances plus the variance of their
         # means. Unlike sums of squares this does not cancel where the mean is large.
+        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
         means, variances = [], []
         for frame in frames:
-            rows = frame.float()
+            rows = frame.to(dtype)
             mean = rows.mean(dim=-1, keepdim=True)
             variances.append(_by_group((rows - mean).square_().mean(dim=-1), norm))
             means.append(_by_group(mean, norm))
@@ -158,11 +159,11 @@ class NormSilu:
         per_group = norm.num_channels // norm.num_groups
         scale = weight / deviation.repeat_interleave(per_group, dim=1)
         shift = bias - means.mean(dim=2).repeat_interleave(per_group, dim=1) * scale
-        self._scale = scale.float()[:, :, None, None, None]
-        self._shift = shift.float()[:, :, None, None, None]
+        self._scale = scale.to(dtype)[:, :, None, None, None]
+        self._shift = shift.to(dtype)[:, :, None, None, None]
 
     def __call__(self, frame: Tensor) -> Tensor:
-        y = torch.addcmul(self._shift, frame.float(), self._scale)
+        y = torch.addcmul(self._shift, frame.to(self._scale.dtype), self._scale)
         return F.silu(y, inplace=True).to(frame.dtype)
 
 

@@ -53,6 +53,9 @@ class StreamingDecoder:
 
         Raises:
             InputError: another shape than before, or a stream that is finished.
+
+        After an error while decoding, such as too little memory, the stream is as it was before
+        the call, which may be repeated.
         """
         if self._finished:
             raise InputError("this stream is finished; start a new one")
@@ -61,8 +64,10 @@ class StreamingDecoder:
                 f"latents have shape {tuple(latents.shape)}; expected (batch, "
                 f"{self._in_channels}, frames, height, width)"
             )
+        before = self._pending, self._started
         if self._pending is None:
-            self._pending = latents
+            # A copy: what waits for the next call must not change with the caller's tensor.
+            self._pending = latents.clone()
         elif latents[:, :, :0].shape != self._pending[:, :, :0].shape:
             raise InputError(
                 f"latents have shape {tuple(latents.shape)} after {tuple(self._pending.shape)}; "
@@ -71,9 +76,13 @@ class StreamingDecoder:
         else:
             self._pending = torch.cat([self._pending, latents.to(self._pending)], dim=2)
         finished = []
-        while self._pending.shape[2] >= self._next_length:
-            finished.append(self._next_tile())
-        return self._join(finished)
+        try:
+            while self._pending.shape[2] >= self._next_length:
+                finished.append(self._next_tile())
+            return self._join(finished)
+        except BaseException:
+            self._pending, self._started = before
+            raise
 
     def finish(self) -> Tensor:
         """Decode what is left in a last, shorter tile.
