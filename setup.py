@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -43,16 +44,23 @@ def say(message):
     print(f"nova-kernels: {message}", flush=True)
 
 
+def which(name, path=None):
+    """An absolute path, since CMake runs in another folder; None if there is no such program."""
+    found = shutil.which(name, path=path)
+    return found and os.path.abspath(found)
+
+
 def find_nvcc():
     """Path of the CUDA compiler, from CUDACXX, CUDA_HOME or CUDA_PATH, or PATH; None if absent."""
     named = os.environ.get("CUDACXX")
     if named:  # no other: its kernels might need another driver
-        return shutil.which(named)
+        return which(named)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
-        if home and shutil.which("nvcc", path=str(Path(home) / "bin")):
-            return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc")
+        found = which("nvcc", path=str(Path(home) / "bin")) if home else None
+        if found:
+            return found
+    return which("nvcc")
 
 
 def find_cxx():
@@ -60,11 +68,14 @@ def find_cxx():
 
     Options, as in CXX="ccache g++", follow the path behind semicolons, as CMake has them.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise SetupError(f"CXX={os.environ['CXX']} is no command: {error}") from None
     if named:
-        path = shutil.which(named[0])
+        path = which(named[0])
         return path and ";".join([path, *named[1:]])
-    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return which("c++") or which("g++") or which("clang++")
 
 
 def numbers(version):
@@ -173,6 +184,21 @@ def parallel_jobs():
     return max(1, jobs)
 
 
+class FreshBuild(build):
+    """Takes nothing of an earlier build along: its modules would end in this one's wheel.
+
+    An editable install runs the steps of a build without this one.
+    """
+
+    def run(self):
+        # A folder that was named by an option may hold other files.
+        is_default = self.build_lib in (self.build_purelib, self.build_platlib)
+        has_begun = any(map(self.distribution.have_run.get, self.get_sub_commands()))
+        if is_default and not has_begun:
+            shutil.rmtree(ROOT / self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Builds the extensions with CMake.
 
@@ -182,8 +208,6 @@ class CMakeBuild(build_ext):
 
     def run(self):
         jobs = parallel_jobs()  # here, since `auto` forgives what goes wrong in building
-        for part in PARTS.values():  # an earlier build's must not end in this one's wheel
-            self.module_of(part).unlink(missing_ok=True)
         self.extensions = [e for e in self.extensions if self.build_part(PARTS[e.name], jobs)]
         if self.inplace:  # an editable install: the modules belong beside nova_kernels/*.py
             self.copy_extensions_to_source()
@@ -276,9 +300,10 @@ def build_requirements(parts):
 wanted = [part for part in PARTS.values() if part.is_wanted]
 
 distribution = setup(
-    # Without an extension the wheel is pure Python and serves every platform.
+    # Where none is wanted the wheel is pure Python and serves every platform. One whose build fails
+    # later leaves a wheel without it, of this platform.
     ext_modules=[Extension(part.module, sources=[]) for part in wanted],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
     # setuptools reports these as needed for this build, and pip installs them into the isolated
     # build environment; it installs nothing with --no-build-isolation.
     setup_requires=build_requirements(wanted),

@@ -105,7 +105,7 @@ class SamplingReport:
         backend: that was asked for.
         compiled: whether blocks are compiled by torch.compile.
         graphs: CUDA graphs recorded so far; None: not used.
-        graphs_failure: of which part none are recorded, and why.
+        graphs_failure: which part is not recorded, and why.
         tuning: what `nova.tune` chose.
         left_to_reference: why the last call was the reference's all the same.
     """

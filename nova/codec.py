@@ -13,7 +13,7 @@ from nova_kernels.autocast import without_autocast
 
 from .altered_layers import uncompiled, weights_to_save
 from .checkpoint import load_state_dict, load_strict, read_json, save_state_dict, write_json
-from .errors import CheckpointError, ConfigError, DependencyError, InputError
+from .errors import CheckpointError, ConfigError, InputError, dependency_error
 from .noise import Generators
 from .numeric import check_multiples, checked_count
 from .vae import CausalVideoVAE, StreamingDecoder, VAEConfig, sample_latents
@@ -288,9 +288,8 @@ def _image_vae(config: Mapping[str, Any]) -> nn.Module:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise DependencyError(
-            "this checkpoint has an SD / SDXL VAE, which needs diffusers: pip install diffusers"
-        ) from error
+        need = "the SD / SDXL VAE of this checkpoint needs diffusers"
+        raise dependency_error(need, "diffusers", "pip install diffusers", error) from error
     try:
         return AutoencoderKL.from_config(config)
     except (TypeError, ValueError) as error:

@@ -42,6 +42,10 @@ class Conditioning:
         Args:
             negative_prompts: same shape; None: the null prompt. Used where guidance is on.
             motion_flow, fps: a number, or one a sample; used by video models only.
+
+        Raises:
+            InputError: a motion_flow or fps that is not finite, an fps of 0 or below, or a list of
+                another length than the batch.
         """
         batch = prompts.shape[0]
         if guidance.passes > 1:
@@ -65,7 +69,11 @@ class Conditioning:
         motion_flow: float | Sequence[float] = DEFAULT_MOTION_FLOW,
         fps: float | Sequence[float] = DEFAULT_FPS,
     ) -> "Conditioning":
-        """From class labels (B,) in 0..1000; motion_flow and fps as for text."""
+        """From class labels (B,) in 0..1000; motion_flow and fps as for text.
+
+        Raises:
+            InputError: as for text, or image guidance, which models of classes do not have.
+        """
         if guidance.passes == 3:
             raise InputError("image_guidance_scale is for text-conditioned models")
         batch = labels.shape[0]

@@ -50,6 +50,9 @@ class ModelConfig:
     `video_base_size` in (time base, frame-token rows, frame-token columns). `text_token_dim` is
     None for class-conditional models. `video_mixer_rank`: None for no scaling-and-shift layer,
     negative for a full-rank one.
+
+    Raises:
+        ConfigError: values of a wrong type, out of range, or that contradict each other.
     """
 
     image_dim: int
@@ -85,10 +88,12 @@ class ModelConfig:
 
     @property
     def num_image_tokens(self) -> int:
+        """Tokens of a frame in the image encoder."""
         return math.prod(self.image_base_size)
 
     @property
     def num_frame_tokens(self) -> int:
+        """Tokens of a frame in the video encoder."""
         return math.prod(self.video_base_size[1:])
 
     @property
@@ -103,6 +108,7 @@ class ModelConfig:
 
     @property
     def is_video(self) -> bool:
+        """Whether it makes clips; an image model makes single frames."""
         return self.time_base > 1
 
     @classmethod

@@ -4,6 +4,8 @@ Each kind also derives from the builtin exception that fits it, so that `except 
 like keep working.
 """
 
+from nova_kernels.errors import in_a_line
+
 
 class NovaError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -30,4 +32,18 @@ class DeviceError(NovaError, RuntimeError):
 
 
 class DependencyError(NovaError, ImportError):
-    """An optional library is needed for this call and is not installed."""
+    """An optional library is needed for this call, and is not installed or cannot be imported."""
+
+
+def dependency_error(need: str, module: str, install: str, error: ImportError) -> DependencyError:
+    """What to raise where importing a library failed.
+
+    Args:
+        need: what needs which library, such as "training needs accelerate".
+        module: the library's module.
+        install: the command that installs it, which is no help where it is there.
+        error: of the import.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name == module:
+        return DependencyError(f"{need}: {install}")
+    return DependencyError(f"{need}, which is installed but cannot be imported: {in_a_line(error)}")

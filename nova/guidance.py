@@ -17,6 +17,10 @@ class Guidance:
         renorm: below 1, the guided prediction's norm is brought towards the conditional one's,
             by a factor of at least this.
         image_scale: above 0, a third pass [.., image]: no text, but the frames so far.
+
+    Raises:
+        InputError: a value that is not finite or out of range, or an `image_scale` where `scale`
+            is not above 1.
     """
 
     scale: float = 5.0

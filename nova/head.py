@@ -112,7 +112,7 @@ class DiffusionMLP(nn.Module):
     def predict_tokens(self, h: Tensor, z: Tensor) -> Tensor:
         """The last layer: features (..., dim) and silu(condition) z -> (..., token_dim)."""
         scale, shift = self.norm.proj(z).chunk(2, dim=-1)
-        # In C++ there is the loop of sampling alone.
+        # The C++ backend has only the whole sampling loop, not this op.
         backend = "reference" if self.backend == "cpp" else self.backend
         return self.head(scale_shift(h, scale, shift, eps=ADA_NORM_EPS, backend=backend))
 

@@ -19,6 +19,7 @@ from .media import read_image, read_video
 from .media.pixels import fit
 from .media.reading import image_to_array
 from .model import NULL_CLASS, TextEmbed
+from .numeric import whole_number
 from .text import PromptTruncationWarning
 
 
@@ -113,19 +114,15 @@ def class_labels(prompt: Any, negative_prompt: Any, per_prompt: int) -> tuple[Te
     """Labels and negative labels (B * per_prompt,) from class ids in 0..1000 (1000: no class)."""
 
     def as_list(value: Any, name: str) -> list[int]:
-        values = [value] if isinstance(value, int) else value
-        if isinstance(values, Tensor | np.ndarray):
-            values = values.tolist()
-        valid = isinstance(values, list | tuple) and len(values) > 0
-        if not valid or any(
-            not isinstance(v, int) or isinstance(v, bool) or not 0 <= v <= NULL_CLASS
-            for v in values
-        ):
+        values = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+        values = values if isinstance(values, list | tuple) else [values]
+        numbers = [whole_number(one) for one in values]
+        if not numbers or any(n is None or not 0 <= n <= NULL_CLASS for n in numbers):
             raise InputError(
                 f"{name} of a class-conditional model must be class ids in 0..{NULL_CLASS}, "
                 f"got {value!r}"
             )
-        return list(values)
+        return numbers
 
     labels = as_list(prompt, "prompt")
     negative = as_list(

@@ -214,10 +214,12 @@ class NOVATransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.mask_embed.mask_token.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.mask_embed.mask_token.device
 
     # Video encoder ---------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from types import ModuleType
 
 import numpy as np
 
-from .errors import DependencyError, InputError
+from .errors import InputError, dependency_error
+from .media.pixels import check_clip
 from .numeric import checked_count, is_finite_number
 
 SHORTER_SIDE = 256  # pixels
@@ -37,17 +38,15 @@ def motion_score(frames: np.ndarray, fps: float = FPS, max_pairs: int | None = N
         InputError: wrong shape or dtype, fewer than two frames, an unusable rate, or no pairs.
         DependencyError: OpenCV is not installed.
     """
-    shape, dtype = np.shape(frames), getattr(frames, "dtype", None)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise InputError(f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3)")
-    if shape[0] < 2:
+    check_clip(frames)
+    if len(frames) < 2:
         raise InputError("a motion score needs at least two frames, got one")
     if not (is_finite_number(fps) and fps > 0):
         raise InputError(f"fps must be a number above 0, got {fps!r}")
     if max_pairs is not None:
         max_pairs = checked_count("max_pairs", max_pairs, least=1)
     finder = _flow_finder()
-    indices = _frames_at_rate(shape[0], fps)
+    indices = _frames_at_rate(len(frames), fps)
     pairs = len(indices) - 1
     count = pairs if max_pairs is None else min(max_pairs, pairs)
     chosen = np.linspace(0, pairs - 1, count).round().astype(int)
@@ -63,8 +62,11 @@ def require_opencv() -> ModuleType:
     try:
         import cv2
     except ImportError as error:
-        raise DependencyError(
-            "optical flow, and measuring clips, need OpenCV: pip install 'nova-kernels[motion]'"
+        raise dependency_error(
+            "optical flow, and measuring clips, need OpenCV",
+            "cv2",
+            "pip install 'nova-kernels[motion]'",
+            error,
         ) from error
     return cv2
 

@@ -11,7 +11,7 @@ from .errors import InputError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# Of draws that have not arrived on the GPU. Enough for several sets of a large batch.
+# Bytes of draws that may be on their way to the GPU; enough for several sets of a large batch.
 MAX_BYTES_ON_THE_WAY = 64 << 20
 
 
@@ -26,6 +26,9 @@ class NoiseSource:
     Args:
         generator: one, a list of `batch_size`, or None for torch's default.
         dtype, device: of the results. Draws are made in `dtype`.
+
+    Raises:
+        InputError: a list of another length than the batch, or something else than a generator.
     """
 
     def __init__(

@@ -110,6 +110,11 @@ class Request:
 
     @property
     def guidance(self) -> Guidance:
+        """The settings of guidance.
+
+        Raises:
+            InputError: see `Guidance`.
+        """
         return Guidance(
             scale=self.guidance_scale,
             min_scale=self.min_guidance_scale,

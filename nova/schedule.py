@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, InputError
-from .numeric import check_whole, is_finite_number
+from .numeric import check_whole, checked_count, is_finite_number
 
 # Of tables: a caller may have made another dtype and device torch's defaults.
 _FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
@@ -44,15 +44,14 @@ class DiffusionSchedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether no step adds noise, as in flow matching."""
-        return not any(self.noise)
-
 
 @dataclass(frozen=True)
 class FlowMatchConfig:
-    """Flow matching, Euler steps. `shift` s maps sigma to s sigma / (1 + (s - 1) sigma)."""
+    """Flow matching, Euler steps. `shift` s maps sigma to s sigma / (1 + (s - 1) sigma).
+
+    Raises:
+        ConfigError: values that are out of range.
+    """
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -62,8 +61,12 @@ class FlowMatchConfig:
         _check_numbers(self, "shift", above=0)
 
     def schedule(self, num_steps: int, shift: float | None = None) -> DiffusionSchedule:
-        """The table of `num_steps` steps; `shift` replaces the config's for sampling only."""
-        _check_steps(num_steps)
+        """The table of `num_steps` steps; `shift` replaces the config's for sampling only.
+
+        Raises:
+            InputError: `num_steps` is no whole number of at least 1, or the shift is not above 0.
+        """
+        num_steps = checked_count("num_diffusion_steps", num_steps, least=1)
         shift = self.shift if shift is None else shift
         if not shift > 0:
             raise InputError(f"flow_shift must be positive, got {shift}")
@@ -96,6 +99,9 @@ class DDPMConfig:
     """DDPM (Ho et al., arXiv 2006.11239), with the options that diffusers' DDPMScheduler has.
 
     Samples are never clipped.
+
+    Raises:
+        ConfigError: values that are out of range, or an option that diffusers does not have.
     """
 
     num_train_timesteps: int = 1000
@@ -164,9 +170,11 @@ class DDPMConfig:
         """The table of `num_steps` steps.
 
         Raises:
-            InputError: more steps than training timesteps, or a flow shift.
+            InputError: `num_steps` is no whole number of at least 1, or above the number of
+                training timesteps, or there is a flow shift.
+            ConfigError: betas that leave no signal or no noise at a timestep.
         """
-        _check_steps(num_steps)
+        num_steps = checked_count("num_diffusion_steps", num_steps, least=1)
         if shift is not None:
             raise InputError("flow_shift is for flow matching; this checkpoint samples with DDPM")
         if num_steps > self.num_train_timesteps:
@@ -175,6 +183,12 @@ class DDPMConfig:
             )
         alphas = self.alphas_cumprod().tolist()
         timesteps = self._timesteps(num_steps)
+        for t in timesteps:
+            if not 0 < alphas[t] < 1:
+                raise ConfigError(
+                    "scheduler config: its betas leave no "
+                    f"{'noise' if alphas[t] else 'signal'} at timestep {t}, in float32"
+                )
         stride = self.num_train_timesteps // num_steps
         rows = [
             self._step(t, alphas[t], alphas[t - stride] if t >= stride else 1.0) for t in timesteps
@@ -299,8 +313,3 @@ def _number(name: str, value: Any, *, above: float, below: float) -> float:
         limits = f"above {above}" + ("" if below == math.inf else f" and below {below}")
         raise ConfigError(f"scheduler config: {name} must be a number {limits}, got {value!r}")
     return float(value)
-
-
-def _check_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise InputError(f"num_diffusion_steps must be at least 1, got {num_steps}")

@@ -6,6 +6,7 @@ along is never run.
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from .checkpoint import (
     weight_files,
     write_files,
 )
-from .errors import CheckpointError, ConfigError, DependencyError, InputError
+from .errors import CheckpointError, ConfigError, InputError, dependency_error
 
 # Distinct prompts in one pass of the language model; bounds the memory of long prompt lists.
 BATCH_SIZE = 16
@@ -241,8 +242,11 @@ def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise DependencyError(
-            "the text encoder needs transformers: pip install transformers"
+        raise dependency_error(
+            "the text encoder needs transformers",
+            "transformers",
+            "pip install transformers",
+            error,
         ) from error
     return transformers
 
@@ -360,6 +364,8 @@ def _third_party_errors(transformers: ModuleType, folder: Path, advice: str) -> 
         raise
     except Exception as error:  # damaged files surface as almost any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if sys.flags.optimize >= 2:
+            advice = "transformers does not run under python -OO: it reads docstrings"
         raise CheckpointError(f"{folder} cannot be loaded ({reason}); {advice}.") from error
     finally:
         log.set_verbosity(verbosity)

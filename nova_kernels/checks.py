@@ -39,7 +39,7 @@ def check_writable(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: several elements of {name} lie in one place; clone() it first")
 
 
-def check_values(name: str, *tensors: Tensor) -> None:
+def refuse_negating_views(name: str, *tensors: Tensor) -> None:
     """For kernels, which read memory as it is.
 
     Raises:

@@ -20,7 +20,7 @@ from torch import Tensor, library
 from torch.autograd import forward_ad
 
 from nova_kernels.cpp_kernels import extension as cpp_extension
-from nova_kernels.cuda_kernels import extension
+from nova_kernels.cuda_kernels import extension as cuda_extension
 from nova_kernels.errors import BackendError
 from nova_kernels.startup import failure_to_start
 
@@ -42,9 +42,10 @@ class Op:
     Attributes:
         name: of the op, of its module in `triton_kernels`, of its tests.
         implementations: those that exist, best first.
-        verified: those that passed the tests on the hardware that they are for and were part of
-            what won there, with a results file in benchmarks/results. Only these are ever chosen
-            automatically, those for GPUs on GPUs of `VERIFIED_CAPABILITIES`.
+        verified: those that passed the tests on the hardware they are for, and were faster there
+            than the reference, by themselves or in a whole run, by a file in benchmarks/results.
+            Only these are ever chosen automatically, those for GPUs on GPUs of
+            `VERIFIED_CAPABILITIES`.
         max_width: of the tensors' last axis, for kernels that hold whole rows; None: any.
         least_values: where not 0, other implementations than the reference are chosen automatically
             on a GPU only if some tensor has so many values, no gradient is wanted and torch.compile
@@ -111,7 +112,7 @@ class Op:
         if devices != {"cuda"} and not (backend == "triton" and is_interpreting()):
             return f"it needs tensors on a GPU, got {sorted(devices)}; use backend='reference'"
         reason = self._limit(*tensors)
-        return extension.obstacle() if reason is None and backend == "cuda" else reason
+        return cuda_extension.obstacle() if reason is None and backend == "cuda" else reason
 
     def _pays(self, *tensors: Tensor) -> bool:
         """See `least_values`."""
@@ -155,7 +156,7 @@ def requested(backend: str) -> str:
     check_backend(backend)
     if backend != "auto":
         return backend
-    named = os.environ.get(VARIABLE, "auto")
+    named = os.environ.get(VARIABLE) or "auto"
     if named not in BACKENDS:
         raise BackendError(f"{VARIABLE} is {named!r}: it takes {', '.join(BACKENDS)}")
     return named

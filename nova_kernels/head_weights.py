@@ -10,15 +10,21 @@ from torch import Tensor
 from nova_kernels.checks import require_shape
 
 Linear = tuple[Tensor, Tensor]  # weight (out, in), bias (out,)
+Affine = tuple[Tensor, Tensor]  # weight, bias, each (width,)
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block of the MLP: two linear layers (width, width), and the norm of what they make."""
+    """A block of the MLP.
+
+    Attributes:
+        fc1, fc2: (width, width), one after the other.
+        norm: of what they make, (width,).
+    """
 
     fc1: Linear
     fc2: Linear
-    norm: Linear
+    norm: Affine
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,12 @@ class HeadWeights:
 
     @property
     def width(self) -> int:
+        """Features of a token in the blocks."""
         return self.embed[0].shape[0]
 
     @property
     def token_dim(self) -> int:
+        """Values in a token."""
         return self.embed[0].shape[1]
 
     @cached_property
@@ -100,7 +108,7 @@ class HeadWeights:
         linears = [self.embed, *blocks, *self.modulations, self.head]
         return [tensor for linear in linears for tensor in linear]
 
-    def _layers(self) -> Iterator[tuple[str, Linear, tuple[int, ...]]]:
+    def _layers(self) -> Iterator[tuple[str, Linear | Affine, tuple[int, ...]]]:
         """Name, tensors, and the shape that the weight must have, of every layer."""
         width, token_dim = self.width, self.token_dim
         yield "embed", self.embed, (width, token_dim)

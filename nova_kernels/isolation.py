@@ -25,7 +25,7 @@ SECONDS_TO_END = 10.0
 
 @dataclass(frozen=True)
 class Ended:
-    """What there is of a task in place of an answer.
+    """Stands for the answer of a task whose process ended without one.
 
     Attributes:
         reason: how its process ended.

@@ -2,7 +2,7 @@
 
 import torch
 
-# Of those who allocate beside torch on a GPU, and raise a RuntimeError.
+# Messages of allocators beside torch's, which raise a plain RuntimeError.
 _OUT_OF_GPU_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -50,6 +50,9 @@ def report(device: str | None = None, *, check: bool = True) -> list[Implementat
 
     Returns:
         A report for every op and implementation, the reference first.
+
+    Raises:
+        BackendError: see `each_report`.
     """
     return list(each_report(device, check=check))
 

@@ -27,6 +27,8 @@ VENV_PYTHON = VENV / "bin" / "python"
 CREATED = VENV / "nova-created.txt"  # where and with which Python .venv was made
 STAMP = VENV / "nova-setup.stamp"  # what the last complete set-up was made from
 
+# Environment variables that may name a CUDA toolkit.
+CUDA_FOLDERS = ("CUDA_HOME", "CUDA_PATH")
 # The Pythons that the tested torch has wheels for.
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
 TESTED_TORCH = "2.13.0"
@@ -81,14 +83,27 @@ def use_supported_python():
 def wanted_state():
     """A digest of all that decides what a complete set-up contains."""
     digest = hashlib.sha256()
-    for name in ("TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS", "NOVA_CPP"):
+    names = ["TORCH", "NOVA_CUDA", "NOVA_CUDA_ARCHS", "NOVA_CPP", "CXX", "CUDACXX", *CUDA_FOLDERS]
+    for name in names:
         digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    digest.update(f"{compilers()}\n".encode())  # one may be new, or another by the same name
     digest.update(f"{torch_build()}\n".encode())  # a GPU or a driver may be new
     sources = ["pyproject.toml", "setup.py", "CMakeLists.txt", "scripts/setup_env.py"]
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
     for name in sources:
         digest.update(name.encode() + b"\n" + (ROOT / name).read_bytes())
     return digest.hexdigest()
+
+
+def compilers():
+    """The files that the compilers of the extensions are, or None where there is none."""
+    homes = [os.environ[name] for name in CUDA_FOLDERS if os.environ.get(name)]
+    folders = [os.path.join(home, "bin") for home in homes] + [os.environ.get("PATH", "")]
+    found = [
+        shutil.which(name, path=os.pathsep.join(folders))
+        for name in ("nvcc", "c++", "g++", "clang++")
+    ]
+    return [path and os.path.realpath(path) for path in found]
 
 
 def created_as():

@@ -1,7 +1,6 @@
 """What the tests of ops share: devices, poisoned memory, and the rule for a kernel's error."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +8,12 @@ import torch
 from torch import Tensor, library
 
 from nova_kernels.cuda_kernels import extension
+from nova_kernels.dispatch import HAS_TRITON
 
 # On a GPU the kernels run as they are; elsewhere Triton's interpreter runs them (conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter rounds bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 needs_extension = pytest.mark.skipif(
     DEVICE == "cpu" or extension.obstacle() is not None,

@@ -166,7 +166,11 @@ def test_pickled_code_is_never_run(tmp_path):
         load_state_dict(tmp_path, allow_pickle=True)
 
 
-@pytest.mark.parametrize("text, message", [("{", "JSON"), ("[1]", "object"), ("\xff", "JSON")])
+# Python reads numbers of 4300 digits at most.
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "JSON"), ("[1]", "object"), ("\xff", "JSON"), ('{"a": %s}' % ("1" * 5000), "JSON")],
+)
 def test_broken_json(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=message):

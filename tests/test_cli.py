@@ -201,6 +201,17 @@ def test_files_of_all_samples_are_checked_before(tiny_video_folder, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
+def test_a_video_is_named_although_its_sheet_fails(tiny_video_folder, tmp_path, monkeypatch):
+    def fail(path, _):
+        raise MediaError(f"{path} cannot be written")
+
+    monkeypatch.setattr("nova.cli.outputs.write_image", fail)
+    result = run("generate", PROMPT, "--model", tiny_video_folder, "--sheet", *FAST,
+                 "--out", tmp_path / "x.mp4")  # fmt: skip
+    assert result.exit_code == 1 and "x_sheet.png cannot be written" in result.output
+    assert f"{tmp_path / 'x.mp4'}: " in result.stdout
+
+
 @pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/x"])
 def test_an_output_that_is_no_path(name):
     with pytest.raises(MediaError, match="is no path"):
@@ -557,7 +568,8 @@ def test_doctor_json():
 def test_doctor_table():
     result = run("doctor")
     assert result.exit_code == 0
-    for text in ("torch", "transformers", "CUDA extension", "H.264 encoder", "will run"):
+    extensions = ("CUDA extension", "C++ extension")
+    for text in ("torch", "transformers", *extensions, "H.264 encoder", "will run"):
         assert text in result.stdout
 
 
@@ -589,8 +601,18 @@ def test_doctor_names_the_command_for_what_is_missing():
     assert "CUDA extension" not in doctor.missing(report)
     report["gpus"] = [{"device": "cuda:0"}]
     report["nvcc"] = None
-    report["cuda_extension"] = {"cuda_extension": False, "error": "not built"}
+    report["cuda_extension"] |= {"cuda_extension": False, "error": "not built"}
     assert {"nvcc", "CUDA extension"} <= set(doctor.missing(report))
+
+
+def test_doctor_says_why_the_cpp_extension_is_not_there():
+    report = doctor.examine()
+    report["cuda_extension"] |= {"cpp_extension": True, "cpp_instructions": ["avx2", "baseline"]}
+    assert ("C++ extension", "avx2, baseline") in doctor._rows(report)
+    assert "C++ extension" not in doctor.missing(report)
+    report["cuda_extension"] |= {"cpp_extension": False, "cpp_error": "it cannot be loaded"}
+    assert ("C++ extension", "it cannot be loaded") in doctor._rows(report)
+    assert "NOVA_CPP=1 pip install" in doctor.missing(report)["C++ extension"]
 
 
 @pytest.mark.parametrize(
@@ -610,7 +632,7 @@ def test_doctor_rebuilds_from_the_checkout(monkeypatch, tmp_path, origin, comman
         origin = json.dumps(origin | {"url": origin["url"].format(str(folder).replace(" ", "%20"))})
     installed = SimpleNamespace(read_text=lambda name: origin)
     monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: installed)
-    text = doctor._rebuild({"checkout": doctor._checkout()})
+    text = doctor._rebuild({"checkout": doctor._checkout()}, "NOVA_CUDA")
     install = "NOVA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir "
     assert text.endswith(install + command.format(folder))
     assert text.startswith("in a checkout of nova-kernels, ") == (command == ".")

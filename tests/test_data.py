@@ -386,7 +386,7 @@ def test_encoding_goes_on_where_it_was_killed(tmp_path, codec, text_encoder):
 def test_another_model_or_source_is_refused(tmp_path, codec, text_encoder):
     options = {"shard_size": 3, "show_progress": False}
     encode_clips(GradientSource(3), tmp_path, codec, text_encoder, **options)
-    with pytest.raises(InputError, match="another source;"):
+    with pytest.raises(InputError, match="another source or format;"):
         encode_clips(GradientSource(4), tmp_path, codec, text_encoder, **options)
     other = LatentCodec(new_vae(VAEConfig.tiny(), seed=1))
     with pytest.raises(InputError, match="another vae;"):
@@ -440,7 +440,7 @@ def test_a_source_that_changed_is_refused(tmp_path, codec, text_encoder):
     encode()
     encode()  # nothing changed
     (folder / "x.txt").write_text("another one")
-    with pytest.raises(InputError, match="another source;"):
+    with pytest.raises(InputError, match="another source or format;"):
         encode()
     # Folders that were encoded before this was recorded go on as they did.
     index = json.loads((tmp_path / "data" / "index.json").read_text())
@@ -535,6 +535,15 @@ def test_latents_that_cannot_be_stored(
         encode_clips(
             GradientSource(1), tmp_path, codec, text_encoder, dtype="float16", show_progress=False
         )
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_encoded(
+    tmp_path, codec, text_encoder, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(codec, "encode_moments", None)
+    with pytest.raises(MediaError, match="file cannot be made"):
+        encode_clips(GradientSource(1), tmp_path / "file", codec, text_encoder)
 
 
 def test_sizes_that_the_vae_does_not_take(tmp_path, codec, text_encoder):

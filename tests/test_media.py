@@ -274,6 +274,19 @@ def test_grey_palette_and_16_bit_images(tmp_path):
         assert np.array_equal(image, np.repeat(grey[..., None], 3, -1)), name
 
 
+def test_images_that_are_not_converted(tmp_path, monkeypatch):
+    """Of floats nobody says what is white; Pillow refuses what may fill the memory."""
+    Image.fromarray(np.full((8, 8), 0.8, np.float32)).save(tmp_path / "floats.tiff")
+    with pytest.raises(MediaError, match="floats.tiff cannot be used: .* floating point pixels"):
+        media.read_image(tmp_path / "floats.tiff")
+    with pytest.raises(InputError, match="floating point pixels; save it with 8 or 16 bits"):
+        image_pixels(Image.new("F", (8, 8)), (8, 8))
+    media.save(tmp_path / "large.png", moving_square(1)[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(MediaError, match="large.png is too large an image .Image size"):
+        media.read_image(tmp_path / "large.png")
+
+
 def test_animated_image_gives_its_first_frame(tmp_path):
     clip = moving_square(5)
     media.save(tmp_path / "clip.gif", clip, fps=12)
@@ -518,7 +531,13 @@ def test_truncated_images(tmp_path):
 def test_bad_reading_arguments(numbered_video):
     with pytest.raises(MediaError, match="smaller start"):
         media.read_video(numbered_video, start=100)
-    for options in ({"fps": 0}, {"max_frames": 0}, {"start": -1.0}, {"start": float("nan")}):
+    for options in (
+        {"fps": 0},
+        {"max_frames": 0},
+        {"max_frames": "2"},
+        {"start": -1.0},
+        {"start": float("nan")},
+    ):
         with pytest.raises(InputError):
             media.read_video(numbered_video, **options)
 

@@ -13,13 +13,14 @@ import op_times
 import pytest
 import torch
 from ceilings import Ceilings
-from kernel_testing import HAS_TRITON, needs_triton
+from kernel_testing import needs_triton
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nova.config import NAMED_CONFIGS, ModelConfig
 from nova.graph_recording import RecordingError
+from nova_kernels.dispatch import HAS_TRITON
 from nova_kernels.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,9 @@ import zipfile
 import pytest
 from builds import PACKAGES, ROOT, build_info_of, build_wheel, make_checkout, run
 
+import nova.training
+import nova_kernels
+
 needs_cxx = pytest.mark.skipif(
     not (shutil.which("c++") and shutil.which("cmake")), reason="needs a C++ compiler and cmake"
 )
@@ -40,6 +43,15 @@ def test_setup_py_imports_no_torch():
             imported.add(node.module.split(".")[0])
     assert "setuptools" in imported
     assert not imported & {"torch", "triton", "nova", "nova_kernels"}
+
+
+def test_the_version_is_one():
+    assert f'version = "{nova.__version__}"' in (ROOT / "pyproject.toml").read_text().splitlines()
+
+
+@pytest.mark.parametrize("module", [nova, nova.training, nova_kernels])
+def test_public_names_are_listed_before_they_are_imported(module):
+    assert set(module.__all__) <= set(dir(module))
 
 
 def test_importing_nova_kernels_imports_neither_torch_nor_triton():
@@ -137,12 +149,17 @@ def test_a_number_of_jobs_that_is_none_is_an_error_in_every_mode(checkout, tools
 
 
 def test_auto_without_compilers_is_pure_python(checkout, tmp_path, no_compiler):
+    # What an earlier build in this folder left must not get into the wheel.
+    left = checkout / "build" / "lib" / "nova_kernels" / "removed.py"
+    left.parent.mkdir(parents=True)
+    left.write_text("")
     modes = {"NOVA_CUDA": "auto", "NOVA_CPP": "auto"}
     process, wheel = build_wheel(checkout, tmp_path, **modes, **no_compiler)
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("built without the CUDA extension: no nvcc in") == 1
     assert process.stdout.count("built without the C++ extension: no C++ compiler in") == 1
     assert wheel.name.endswith("-py3-none-any.whl")
+    assert "nova_kernels/removed.py" not in zipfile.ZipFile(wheel).namelist()
     assert "'cuda_extension': False, 'error': 'not built" in build_info_of(wheel, tmp_path / "new")
 
 
@@ -205,14 +222,24 @@ def test_cpp_wheel_without_nvcc(checkout, tmp_path):
     left = built / "nova_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"")
+    left.with_name("removed.py").write_text("")
     process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="0", NOVA_CPP="1")
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("built the C++ extension") == 1
     assert not wheel.name.endswith("-py3-none-any.whl")
-    modules = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = [name for name in names if name.endswith(".so")]
     assert len(modules) == 1 and modules[0].startswith("nova_kernels/_cpp")
+    sources = {str(path.relative_to(checkout)) for path in checkout.glob("nova*/**/*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
     printed = build_info_of(wheel, tmp_path / "new")
     assert "'cpp_extension': True, 'cpp_error': None" in printed and "'baseline']" in printed
+
+
+def test_a_compiler_that_is_no_command_is_an_error(checkout, tmp_path):
+    process, wheel = build_wheel(checkout, tmp_path, NOVA_CPP="auto", NOVA_CUDA="0", CXX='"g++')
+    assert process.returncode != 0 and wheel is None
+    assert 'SetupError: CXX="g++ is no command: No closing quotation' in process.stdout
 
 
 @needs_cxx
@@ -228,7 +255,9 @@ def test_broken_cpp_source(checkout, tmp_path):
 def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_path):
     hook = f"from setuptools.build_meta import build_editable as build; build({str(tmp_path)!r})"
     # The C++ extension for both: setup.py treats them alike, and nvcc takes several times as long.
-    modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1", "CXX": "c++ -DWITH_OPTIONS"}
+    # By a path from here, while CMake runs elsewhere.
+    (checkout / "c++").symlink_to(shutil.which("c++"))
+    modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1", "CXX": "./c++ -DWITH_OPTIONS"}
     process = run("-c", hook, cwd=checkout, **modes)
     assert process.returncode == 0, process.stdout
     (module,) = (checkout / "nova_kernels").glob("_cpp*.so")

@@ -225,6 +225,10 @@ def test_class_to_image(tiny_class_folder):
     assert output.images.shape == (2, 64, 64, 3)
     same = pipe([7, 207], negative_prompt=1000, generator=seeded(0), output_type="uint8", **FAST)
     assert np.array_equal(same.images, output.images)
+    numpys = [np.int64(7), np.int64(207)]
+    same = pipe(numpys, negative_prompt=np.int64(1000), generator=seeded(0), output_type="uint8",
+                **FAST)  # fmt: skip
+    assert np.array_equal(same.images, output.images)
     for wrong in (1001, "a cat", [], None, [True]):
         with pytest.raises(InputError, match="class ids"):
             pipe(wrong, **FAST)

@@ -186,7 +186,7 @@ def test_arguments_that_do_not_fit():
     x, width = randn(2, 8), randn(8)
     with pytest.raises(ValueError, match="one width"):
         residual_norm(x, randn(2, 9))
-    with pytest.raises(ValueError, match="in place of"):
+    with pytest.raises(ValueError, match=r"\(3, 2, 8\) does not fit in place of \(2, 8\)"):
         residual_norm(x, randn(3, 2, 8), inplace=True)
     with pytest.raises(ValueError, match="weight and bias"):
         residual_norm(x, x, width)

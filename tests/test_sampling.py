@@ -57,6 +57,14 @@ def test_exact_equals_plain(config, guidance, schedule):
     assert_same(sample(model, **options), sample(model, generate_frames_plain, **options))
 
 
+def test_float64_with_renormalised_guidance():
+    model = small_model().double()
+    options = {"guidance": Guidance(scale=3.0, renorm=0.5), "generator": None}
+    exact, plain = (sample(model, s, **options) for s in (generate_frames, generate_frames_plain))
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_exact_equals_plain_for_images_and_more_steps_than_tokens():
     model = small_model(SMALL_IMAGE)
     options = {"num_frames": 1, "steps": 50}

@@ -1,5 +1,6 @@
 """Set sizes, and scheduler tables against diffusers' schedulers."""
 
+import itertools
 import json
 import math
 
@@ -42,7 +43,7 @@ def test_flow_matching_is_an_euler_integration_to_zero(steps, shift):
     schedule = FlowMatchConfig().schedule(steps, shift)
     first = 1.0 if steps == 1 else schedule.timesteps[0] / 1000
     assert math.isclose(sum(schedule.prediction), -first, rel_tol=1e-6)
-    assert schedule.is_deterministic and set(schedule.sample) == {1.0}
+    assert not any(schedule.noise) and set(schedule.sample) == {1.0}
     assert list(schedule.timesteps) == sorted(schedule.timesteps, reverse=True)
 
 
@@ -126,6 +127,19 @@ def test_numbers_that_make_no_scheduler(name, key, value):
         scheduler_from_dict({"_class_name": name, key: value})
 
 
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (DDPMConfig(beta_end=0.3), "leave no signal at timestep 960"),
+        (DDPMConfig(beta_start=1e-9), "leave no noise at timestep 0"),
+        (DDPMConfig(num_train_timesteps=50, trained_betas=(0.9,) * 50), "no signal at timestep 48"),
+    ],
+)
+def test_betas_that_cannot_be_sampled_with(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config.schedule(25)
+
+
 @pytest.mark.parametrize("config", [FlowMatchConfig(shift=2.0), DDPMConfig(steps_offset=1)])
 def test_scheduler_files_round_trip(config):
     assert scheduler_from_dict(scheduler_to_dict(config)) == config
@@ -179,9 +193,11 @@ def test_bad_scheduler_config(config, message):
 
 
 def test_bad_step_counts():
-    for call in (lambda: set_sizes(10, 0), lambda: FlowMatchConfig().schedule(0)):
-        with pytest.raises(InputError, match="at least 1"):
-            call()
+    with pytest.raises(InputError, match="at least 1"):
+        set_sizes(10, 0)
+    for config, steps in itertools.product((FlowMatchConfig(), DDPMConfig()), (0, 2.5, "2")):
+        with pytest.raises(InputError, match="num_diffusion_steps must be a whole number"):
+            config.schedule(steps)
     with pytest.raises(InputError, match="at most 1000"):
         DDPMConfig().schedule(1001)
     with pytest.raises(InputError, match="flow_shift"):

@@ -1,4 +1,4 @@
-"""The script that makes .venv: which build of torch a machine gets."""
+"""The script that makes .venv: when it does so anew, and which build of torch a machine gets."""
 
 import subprocess
 
@@ -49,6 +49,38 @@ def test_the_driver_without_nvidia_smi(monkeypatch):
 )
 def test_an_installed_build_is_kept_where_it_runs(present, build, will_do):
     assert setup_env.runs_here(present, build) == will_do
+
+
+@pytest.mark.parametrize("name", ["CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+def test_a_compiler_that_is_named_is_another_set_up(monkeypatch, name):
+    monkeypatch.setattr(setup_env, "torch_build", lambda: "cpu")
+    before = setup_env.wanted_state()
+    monkeypatch.setenv(name, "/none")
+    assert setup_env.wanted_state() != before
+
+
+@pytest.mark.parametrize("name", ["nvcc", "c++", "g++", "clang++"])
+def test_a_compiler_that_is_new_or_another_is_another_set_up(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(setup_env, "torch_build", lambda: "cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    states = {setup_env.wanted_state()}
+    for version in ("12", "13"):
+        program = tmp_path / f"{name}-{version}"
+        program.write_text("")
+        program.chmod(0o755)
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(program)
+        states |= {setup_env.wanted_state(), setup_env.wanted_state()}
+    assert len(states) == 3
+
+
+def test_nvcc_in_a_toolkit_that_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text("")
+    program.chmod(0o755)
+    assert setup_env.compilers()[0] == str(program.resolve())
 
 
 def test_macos_takes_pypi(monkeypatch):

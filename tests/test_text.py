@@ -6,12 +6,14 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nova import text
 from nova.errors import CheckpointError, ConfigError, DependencyError, InputError
 from nova.text import BATCH_SIZE, PromptTruncationWarning, TextEncoder
 
@@ -450,6 +452,15 @@ def test_unknown_and_unfitting_model_types(folder):
     config.write_text("[]")
     with pytest.raises(CheckpointError, match="JSON object"):
         load(folder)
+
+
+def test_docstrings_that_python_left_out(folder, monkeypatch):
+    """Transformers fails without them, which another download would not mend."""
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(text, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(CheckpointError, match="transformers does not run under python -OO") as info:
+        load(folder)
+    assert "download" not in str(info.value)
 
 
 def test_transformers_log_level_is_restored(folder):

@@ -171,6 +171,7 @@ def test_train_vae(tmp_path, monkeypatch):
 
 def test_train_text_encoder(tmp_path, monkeypatch):
     made = Calls(monkeypatch, nova.training.text_encoder, "make_text_encoder", ("a", "b"))
+    hidden = Calls(monkeypatch, nova.cli.model, "hide_loading_bars", None)
     command("train-text-encoder", "shapes", *SHAPES, "--labels", "--quiet", "--out", tmp_path,
             *flags(TRAIN_TEXT_ENCODER))  # fmt: skip
     ((captions, folder, options), others) = made[0]
@@ -178,7 +179,7 @@ def test_train_text_encoder(tmp_path, monkeypatch):
     assert captions == [source.caption(index) for index in range(4)] and folder == tmp_path
     assert_all_differ(options, TRAIN_TEXT_ENCODER, TextEncoderOptions)
     assert others["labels"].answers.tolist() == [list(source.labels(index)) for index in range(4)]
-    assert others["show_progress"] is False
+    assert others["show_progress"] is False and len(hidden) == 1
 
 
 def test_encode(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """nova.tune: what is measured, chosen, remembered and undone."""
 
 import json
+import pwd
 import re
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,13 @@ from nova.schedule import DDPMConfig, FlowMatchConfig, set_sizes
 from nova.tuning import measuring
 from nova.tuning.choices import COLUMNS, ROWS, TUNED, Choice, Stage, choices_of, together
 from nova.tuning.measuring import measure
-from nova.tuning.record import Measurement, TuningRecord, load_record, save_record
+from nova.tuning.record import (
+    Measurement,
+    TuningRecord,
+    TuningWarning,
+    load_record,
+    save_record,
+)
 from nova.tuning.step import MiddleStep
 from nova.tuning.tuner import AppliedTuning
 from nova_kernels import onednn
@@ -236,7 +243,6 @@ def test_all_candidates_of_a_model_compute_the_same(steps):
     for guidance in (Guidance(scale=1.0), Guidance(scale=3.0, image_scale=1.5)):
         schedule = FlowMatchConfig().schedule(3)
         step = MiddleStep(model, schedule, guidance, set_sizes(16, steps), 2)
-        assert step.set_size > 0
         widths = [step.run(stage).shape[-1] for stage in (Stage.IMAGE_ENCODER, Stage.DENOISE)]
         assert widths == [model.config.image_encoder.embed_dim, model.config.token_dim]
         for choice in choices_of(model, CPU):
@@ -440,8 +446,9 @@ def test_what_fails_while_it_measures_leaves_the_model_as_it_was(pipe, monkeypat
 
 
 def test_bad_sizes(pipe):
-    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
-        nova.tune(pipe, batch_size=0)
+    for size in (0, 1.5, "2"):
+        with pytest.raises(InputError, match="batch_size must be a whole number of at least 1"):
+            nova.tune(pipe, batch_size=size)
     with pytest.raises(InputError, match="num_inference_steps"):
         nova.tune(pipe, num_inference_steps=0)
     with pytest.raises(InputError, match="num_diffusion_steps"):
@@ -553,6 +560,27 @@ def test_records_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("NOVA_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="set NOVA_CACHE to a folder"):
         save_record(RECORD)
+
+
+def test_records_without_a_home_folder(monkeypatch):
+    """As in a container whose user has no name."""
+
+    def fail(uid):
+        raise KeyError(uid)
+
+    for name in ("NOVA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    assert load_record(RECORD.facts) is None
+    with pytest.warns(TuningWarning, match="set NOVA_CACHE to a folder"):
+        save_record(RECORD)
+
+
+def test_the_cache_is_named_by_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NOVA_CACHE", "~/records")
+    save_record(RECORD)
+    assert load_record(RECORD.facts) == RECORD and len(files_of(tmp_path / "records")) == 1
 
 
 def test_records_hold_what_json_holds(pipe, cache):

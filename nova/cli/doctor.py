@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from nova_kernels.build import build_info
+
 from .. import __version__
 
 GIB = 2**30
@@ -51,7 +53,7 @@ INSTALL_NVCC = "install the CUDA toolkit: https://developer.nvidia.com/cuda-down
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVERS = {12: 525, 13: 580}
 # Without pip's cache, which may hold a wheel without the extension.
-REBUILD = "NOVA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir"
+REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 def examine() -> dict[str, Any]:
@@ -70,7 +72,7 @@ def examine() -> dict[str, Any]:
             "error": torch_error,
         },
         "packages": {name: _version_of(name) for name in PACKAGES},
-        "cuda_extension": _cuda_extension(),
+        "cuda_extension": build_info(),  # and of the C++ one
         "nvcc": _nvcc(),
         "h264": _has_h264(),
         "driver": _driver(),
@@ -100,19 +102,25 @@ def missing(report: dict[str, Any]) -> dict[str, str]:
         if not report["cuda_extension"]["cuda_extension"]:
             if report["nvcc"] is None:
                 wanted["nvcc"] = f"building the CUDA extension: {INSTALL_NVCC}"
-            wanted["CUDA extension"] = f"CUDA kernels: {_rebuild(report)}"
+            wanted["CUDA extension"] = f"CUDA kernels: {_rebuild(report, 'NOVA_CUDA')}"
     elif report["driver"] is not None and report["torch"]["version"] is not None:
         wanted["GPU in torch"] = f"sampling on it: {_torch_for_driver(report)}"
+    if not report["cuda_extension"]["cpp_extension"]:
+        wanted["C++ extension"] = f"C++ kernels, on CPUs: {_rebuild(report, 'NOVA_CPP')}"
     return wanted
 
 
-def _rebuild(report: dict[str, Any]) -> str:
-    """The command that builds the CUDA extension and installs it in place of what is there."""
+def _rebuild(report: dict[str, Any], variable: str) -> str:
+    """The command that builds an extension and installs it in place of what is there.
+
+    Args:
+        variable: of setup.py, which asks for this extension.
+    """
     checkout = report["checkout"]
     if checkout is None:
-        return f"in a checkout of {DISTRIBUTION}, {REBUILD} ."
+        return f"in a checkout of {DISTRIBUTION}, {variable}=1 {REBUILD} ."
     editable = "--editable " if checkout["editable"] else ""
-    return f"{REBUILD} {editable}{shlex.quote(checkout['folder'])}"
+    return f"{variable}=1 {REBUILD} {editable}{shlex.quote(checkout['folder'])}"
 
 
 def _torch_for_driver(report: dict[str, Any]) -> str:
@@ -162,7 +170,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(name, version or NOT_INSTALLED) for name, version in report["packages"].items()]
     rows.append(("H.264 encoder", "libx264, in PyAV" if report["h264"] else "none"))
     rows.append(("nvcc", report["nvcc"] or "not found"))
-    rows.append(("CUDA extension", _extension_text(report["cuda_extension"])))
+    rows.append(("CUDA extension", _cuda_extension_text(report["cuda_extension"])))
+    rows.append(("C++ extension", _cpp_extension_text(report["cuda_extension"])))
     for gpu in report["gpus"]:
         free = "?" if gpu["free_memory_gib"] is None else gpu["free_memory_gib"]
         rows.append(
@@ -190,10 +199,14 @@ def _runs_text(device: str, dtype: str, ops: dict[str, str], error: str | None =
     return f"{device}, {dtype}, {own + '; all else' if own else 'all'} by plain torch"
 
 
-def _extension_text(info: dict[str, Any]) -> str:
+def _cuda_extension_text(info: dict[str, Any]) -> str:
     if not info["cuda_extension"]:
         return str(info["error"])
     return f"CUDA {info['cuda_version']} for {', '.join(info['architectures'])}"
+
+
+def _cpp_extension_text(info: dict[str, Any]) -> str:
+    return ", ".join(info["cpp_instructions"]) if info["cpp_extension"] else str(info["cpp_error"])
 
 
 def _import(name: str) -> tuple[Any, str | None]:
@@ -227,11 +240,6 @@ def _checkout() -> dict[str, Any] | None:
     if not os.path.isdir(folder):
         return None
     return {"folder": folder, "editable": origin["dir_info"].get("editable", False)}
-
-
-def _cuda_extension() -> dict[str, Any]:
-    module, error = _import("nova_kernels.build")
-    return module.build_info() if module else {"cuda_extension": False, "error": error}
 
 
 def _nvcc() -> str | None:

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from ..training.options import PRECISIONS
-from . import train_options as shared
+from . import options as shared
 from .errors import DebugOption
+from .options import DATA, FILES, RUN, option
 from .sources import open_source
-from .train_options import DATA, FILES, RUN, option
 
 
 def encode(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import DebugOption
-from .generate import Dtype
+from .options import Dtype
 
 
 def export(

@@ -3,37 +3,19 @@
 import math
 import secrets
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import DebugOption
+from .options import Backend, Dtype, option
 
 # torch takes 64-bit seeds; the upper half leaves room for seed + i.
 LARGEST_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**32  # short enough to type again
 # Of options that a checkpoint may bring along (`GenerationConfig`).
 RECOMMENDED = "the model's, else {}"
-
-
-class Backend(str, Enum):
-    """Implementations of the ops, by the names of `nova_kernels.dispatch`."""
-
-    auto = "auto"
-    reference = "reference"
-    triton = "triton"
-    cuda = "cuda"
-    cpp = "cpp"
-
-
-class Dtype(str, Enum):
-    """Precisions of `--dtype`, by torch's names."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _finite(value: float | None) -> float | None:
@@ -48,10 +30,6 @@ def _seed(value: int | None) -> int | None:
     return value
 
 
-def _option(*names: str, panel: str, **settings: object) -> object:
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
-
 WHAT, SAMPLING, OUTPUT, MACHINE = "What to make", "Sampling", "Output", "Machine"
 
 
@@ -62,7 +40,7 @@ def generate(
     *,
     out: Annotated[
         Path,
-        _option(
+        option(
             "--out",
             panel=OUTPUT,
             metavar="FILE",
@@ -72,7 +50,7 @@ def generate(
     ],
     model: Annotated[
         str,
-        _option(
+        option(
             "--model",
             panel=WHAT,
             metavar="FOLDER|ID",
@@ -80,22 +58,22 @@ def generate(
         ),
     ] = "shapes",
     image: Annotated[
-        Path | None, _option("--image", panel=WHAT, help="Go on from this image.")
+        Path | None, option("--image", panel=WHAT, help="Go on from this image.")
     ] = None,
     video: Annotated[
-        Path | None, _option("--video", panel=WHAT, help="Go on from this clip.")
+        Path | None, option("--video", panel=WHAT, help="Go on from this clip.")
     ] = None,
     negative: Annotated[
         str | None,
-        _option("--negative", panel=WHAT, metavar="TEXT", help="What it should not show."),
+        option("--negative", panel=WHAT, metavar="TEXT", help="What it should not show."),
     ] = None,
     class_id: Annotated[
         int | None,
-        _option("--class-id", panel=WHAT, help="Class of a class-conditional model, for a prompt."),
+        option("--class-id", panel=WHAT, help="Class of a class-conditional model, for a prompt."),
     ] = None,
     prompt_embeds: Annotated[
         Path | None,
-        _option(
+        option(
             "--prompt-embeds",
             panel=WHAT,
             exists=True,
@@ -106,7 +84,7 @@ def generate(
     ] = None,
     batch_file: Annotated[
         Path | None,
-        _option(
+        option(
             "--batch-file",
             panel=WHAT,
             exists=True,
@@ -114,10 +92,10 @@ def generate(
             help="Text file, one prompt a line; blank lines and # comments are skipped.",
         ),
     ] = None,
-    num: Annotated[int, _option("--num", panel=WHAT, min=1, help="Samples of every prompt.")] = 1,
+    num: Annotated[int, option("--num", panel=WHAT, min=1, help="Samples of every prompt.")] = 1,
     latents: Annotated[
         int | None,
-        _option(
+        option(
             "--latents",
             panel=WHAT,
             min=1,
@@ -127,11 +105,11 @@ def generate(
     ] = None,
     fps: Annotated[
         float,
-        _option("--fps", panel=WHAT, callback=_finite, help="Frames a second, for model and file."),
+        option("--fps", panel=WHAT, callback=_finite, help="Frames a second, for model and file."),
     ] = 12.0,
     motion: Annotated[
         float | None,
-        _option(
+        option(
             "--motion",
             panel=WHAT,
             callback=_finite,
@@ -141,7 +119,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        _option(
+        option(
             "--seed",
             panel=SAMPLING,
             callback=_seed,
@@ -151,7 +129,7 @@ def generate(
     ] = None,
     steps: Annotated[
         int | None,
-        _option(
+        option(
             "--steps",
             panel=SAMPLING,
             min=1,
@@ -161,7 +139,7 @@ def generate(
     ] = None,
     diffusion_steps: Annotated[
         int | None,
-        _option(
+        option(
             "--diffusion-steps",
             panel=SAMPLING,
             min=1,
@@ -171,7 +149,7 @@ def generate(
     ] = None,
     guidance: Annotated[
         float | None,
-        _option(
+        option(
             "--guidance",
             panel=SAMPLING,
             callback=_finite,
@@ -181,7 +159,7 @@ def generate(
     ] = None,
     min_guidance: Annotated[
         float | None,
-        _option(
+        option(
             "--min-guidance",
             panel=SAMPLING,
             callback=_finite,
@@ -190,7 +168,7 @@ def generate(
     ] = None,
     guidance_trunc: Annotated[
         float,
-        _option(
+        option(
             "--guidance-trunc",
             panel=SAMPLING,
             callback=_finite,
@@ -199,7 +177,7 @@ def generate(
     ] = 0.0,
     guidance_renorm: Annotated[
         float,
-        _option(
+        option(
             "--guidance-renorm",
             panel=SAMPLING,
             callback=_finite,
@@ -208,7 +186,7 @@ def generate(
     ] = 1.0,
     image_guidance: Annotated[
         float,
-        _option(
+        option(
             "--image-guidance",
             panel=SAMPLING,
             callback=_finite,
@@ -217,7 +195,7 @@ def generate(
     ] = 0.0,
     flow_shift: Annotated[
         float | None,
-        _option(
+        option(
             "--flow-shift",
             panel=SAMPLING,
             callback=_finite,
@@ -227,7 +205,7 @@ def generate(
     ] = None,
     context_frames: Annotated[
         int | None,
-        _option(
+        option(
             "--context-frames",
             panel=SAMPLING,
             min=2,
@@ -237,7 +215,7 @@ def generate(
     ] = None,
     sheet: Annotated[
         bool,
-        _option(
+        option(
             "--sheet/--no-sheet",
             panel=OUTPUT,
             help="A contact sheet beside every video, FILE_sheet.png, and one of several samples.",
@@ -245,17 +223,17 @@ def generate(
     ] = True,
     save_latents: Annotated[
         Path | None,
-        _option(
+        option(
             "--save-latents",
             panel=OUTPUT,
             metavar="FILE",
             help="safetensors file for `latents` (samples, channels, frames, height, width).",
         ),
     ] = None,
-    quiet: Annotated[bool, _option("--quiet", panel=OUTPUT, help="No progress bars.")] = False,
+    quiet: Annotated[bool, option("--quiet", panel=OUTPUT, help="No progress bars.")] = False,
     device: Annotated[
         str | None,
-        _option(
+        option(
             "--device",
             panel=MACHINE,
             show_default="the GPU, if there is one",
@@ -264,7 +242,7 @@ def generate(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        _option(
+        option(
             "--dtype",
             panel=MACHINE,
             show_default="bfloat16 on a GPU, else float32",
@@ -273,7 +251,7 @@ def generate(
     ] = None,
     backend: Annotated[
         Backend,
-        _option(
+        option(
             "--backend",
             panel=MACHINE,
             help="Implementation of the ops; `python -m nova_kernels` lists what runs here.",
@@ -281,7 +259,7 @@ def generate(
     ] = Backend.auto,
     batch_size: Annotated[
         int,
-        _option(
+        option(
             "--batch-size",
             panel=MACHINE,
             min=1,
@@ -290,7 +268,7 @@ def generate(
     ] = 1,
     compile_blocks: Annotated[
         bool,
-        _option(
+        option(
             "--compile",
             panel=MACHINE,
             help="Compile the model's blocks by torch.compile; on a CPU slower than without.",
@@ -298,7 +276,7 @@ def generate(
     ] = False,
     cuda_graphs: Annotated[
         bool,
-        _option(
+        option(
             "--cuda-graphs",
             panel=MACHINE,
             help="Replay sampling from CUDA graphs: faster in small batches, for more memory.",
@@ -306,7 +284,7 @@ def generate(
     ] = False,
     tune: Annotated[
         bool,
-        _option(
+        option(
             "--tune",
             panel=MACHINE,
             help="First measure, for some seconds, what is fastest here; kept for the next time.",
@@ -314,7 +292,7 @@ def generate(
     ] = False,
     text_encoder_device: Annotated[
         str | None,
-        _option(
+        option(
             "--text-encoder-device",
             panel=MACHINE,
             show_default="as --device",
@@ -323,7 +301,7 @@ def generate(
     ] = None,
     offload: Annotated[
         bool,
-        _option(
+        option(
             "--offload",
             panel=MACHINE,
             help="Every part is on the device only while it works: less GPU memory.",
@@ -331,7 +309,7 @@ def generate(
     ] = False,
     vae_tiling: Annotated[
         bool,
-        _option(
+        option(
             "--vae-tiling",
             panel=MACHINE,
             help="Decode large frames in pieces: less memory, slightly different pixels.",
@@ -339,9 +317,7 @@ def generate(
     ] = False,
     allow_pickle: Annotated[
         bool,
-        _option(
-            "--allow-pickle", panel=MACHINE, help="Also read .bin weights, their tensors only."
-        ),
+        option("--allow-pickle", panel=MACHINE, help="Also read .bin weights, their tensors only."),
     ] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -362,7 +338,7 @@ def generate(
     if offload and cuda_graphs:
         raise typer.BadParameter("--offload moves the model, so --cuda-graphs cannot be used.")
 
-    from ..media.video_writer import frame_rate
+    from ..media.files import frame_rate
     from .outputs import check_latents_file, check_output, check_outputs, overview_path
 
     out = check_output(out)

@@ -1,6 +1,6 @@
 """The files that `nova generate` writes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def check_outputs(samples: Iterable[Path], *, sheets: bool, overview: Path | Non
 
 def write_sample(
     path: Path, frames: np.ndarray, fps: float, *, caption: str | None, sheet: bool
-) -> list[str]:
+) -> Iterator[str]:
     """Write a clip as the suffix says: a video, one image, or a contact sheet of several frames.
 
     Args:
@@ -69,21 +69,22 @@ def write_sample(
         caption: text on the contact sheet.
         sheet: write a contact sheet beside a video.
 
-    Returns:
-        One line for every file, which says what was written.
+    Yields:
+        One line for every file, as soon as it is there, which says what was written.
     """
     count, height, width = frames.shape[:3]
     size = f"{height} x {width} pixels"
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         if count == 1:
             write_image(path, frames[0])
-            return [f"{path}: {size}"]
-        write_image(path, contact_sheet(frames, caption=caption))
-        return [f"{path}: contact sheet of {count} frames of {size}"]
+            yield f"{path}: {size}"
+        else:
+            write_image(path, contact_sheet(frames, caption=caption))
+            yield f"{path}: contact sheet of {count} frames of {size}"
+        return
     write_video(path, frames, fps)
-    lines = [f"{path}: {count} frames of {size}, {count / fps:.2f} s at {fps:g} fps"]
+    yield f"{path}: {count} frames of {size}, {count / fps:.2f} s at {fps:g} fps"
     if sheet:
         sheet_path = contact_sheet_path(path)
         write_image(sheet_path, contact_sheet(frames, caption=caption))
-        lines.append(f"{sheet_path}: contact sheet")
-    return lines
+        yield f"{sheet_path}: contact sheet"

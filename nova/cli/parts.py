@@ -32,7 +32,7 @@ class TrainedModel:
     parts: FrozenParts
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 

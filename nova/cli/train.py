@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..training.options import TrainingOptions
-from . import train_options as shared
+from . import options as shared
 from .errors import DebugOption
+from .options import DATA, FILES, RUN, option
 from .sources import echo
-from .train_options import DATA, FILES, RUN, option
 
 if TYPE_CHECKING:
     from .parts import TrainedModel
@@ -185,8 +185,8 @@ def train(
     )
 
     from ..data import LatentDataset
+    from ..output_folder import make_output_folder
     from ..training.loop import train as run
-    from ..training.output_folder import make_output_folder
     from .model import hide_loading_bars
     from .parts import fresh_model, released_model
 
@@ -199,5 +199,5 @@ def train(
         trained = released_model(model, text_encoder, seed)
     else:
         trained = fresh_model(config, vae, text_encoder, ddpm=ddpm, seed=seed)
-    echo(f"{data}: {len(dataset)} clips; {trained.parameters / 1e6:.1f} M parameters")
+    echo(f"{data}: {len(dataset)} clips; {trained.num_parameters / 1e6:.1f} M parameters")
     echo(f"wrote {run(trained.model, trained.scheduler, dataset, options, trained.parts)}")

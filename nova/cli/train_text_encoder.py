@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import train_options as shared
+from ..training.options import TextEncoderOptions
+from . import options as shared
 from .errors import DebugOption
+from .options import FILES, RUN, option
 from .sources import SHAPES, echo, open_source
-from .train_options import FILES, RUN, option
 
 if TYPE_CHECKING:
     from ..data import ShapesSource
@@ -25,15 +26,27 @@ def train_text_encoder(
     captions: shared.Captions = None,
     clips: shared.Clips = 10_000,
     shapes_seed: shared.ShapesSeed = 0,
-    width: Annotated[int, option("--width", panel=RUN, min=16, help="Of the embeddings.")] = 64,
-    layers: Annotated[int, option("--layers", panel=RUN, min=1, help="Blocks.")] = 2,
-    heads: Annotated[int, option("--heads", panel=RUN, min=1, help="Attention heads.")] = 4,
+    width: Annotated[
+        int, option("--width", panel=RUN, min=16, help="Of the embeddings.")
+    ] = TextEncoderOptions.hidden_size,
+    layers: Annotated[
+        int, option("--layers", panel=RUN, min=1, help="Blocks.")
+    ] = TextEncoderOptions.num_layers,
+    heads: Annotated[
+        int, option("--heads", panel=RUN, min=1, help="Attention heads.")
+    ] = TextEncoderOptions.num_heads,
     vocabulary: Annotated[
         int, option("--vocabulary", panel=RUN, min=257, help="Tokens, at most.")
-    ] = 512,
-    steps: Annotated[int, option("--steps", panel=RUN, min=0, help="Optimiser steps.")] = 500,
-    batch_size: Annotated[int, option("--batch-size", panel=RUN, min=1, help="Captions.")] = 32,
-    lr: Annotated[float, option("--lr", panel=RUN, help="Learning rate.")] = 2e-3,
+    ] = TextEncoderOptions.vocab_size,
+    steps: Annotated[
+        int, option("--steps", panel=RUN, min=0, help="Optimiser steps.")
+    ] = TextEncoderOptions.steps,
+    batch_size: Annotated[
+        int, option("--batch-size", panel=RUN, min=1, help="Captions.")
+    ] = TextEncoderOptions.batch_size,
+    lr: Annotated[
+        float, option("--lr", panel=RUN, help="Learning rate.")
+    ] = TextEncoderOptions.learning_rate,
     labels: Annotated[
         bool,
         option(
@@ -51,7 +64,8 @@ def train_text_encoder(
     nova train-text-encoder shapes --labels --clips 60000 --steps 5000 --out runs/text
     """
     from ..errors import NovaError
-    from ..training.text_encoder import TextEncoderOptions, make_text_encoder, make_text_folders
+    from ..training.text_encoder import make_text_encoder, make_text_folders
+    from .model import hide_loading_bars
 
     if labels and source != SHAPES:
         raise typer.BadParameter(
@@ -77,6 +91,8 @@ def train_text_encoder(
             sentences.append(clip_source.caption(index))
         except NovaError as error:
             echo(f"left out: {error}")
+    if quiet:
+        hide_loading_bars()
     losses: list[float] = []
     folders = make_text_encoder(
         [sentence for sentence in sentences if sentence],

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from ..training.options import VAETrainingOptions
-from . import train_options as shared
+from . import options as shared
 from .errors import DebugOption
+from .options import DATA, RUN, option
 from .sources import echo, open_source
-from .train_options import DATA, RUN, option
 
 
 def train_vae(
@@ -111,7 +111,7 @@ def train_vae(
         progress=not quiet,
     )
 
-    from ..training.output_folder import make_output_folder
+    from ..output_folder import make_output_folder
     from ..training.vae_loop import train_vae as run
     from .parts import open_vae
 

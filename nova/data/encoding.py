@@ -18,6 +18,7 @@ from ..codec import LatentCodec
 from ..devices import out_of_memory
 from ..errors import InputError, NovaError
 from ..numeric import check_multiples, checked_count
+from ..output_folder import make_output_folder
 from ..text import TextEncoder
 from .clips import Clip, ClipSource
 from .loading import load, worker_failures
@@ -68,7 +69,8 @@ def encode_clips(
         InputError: an argument of another type or out of range, the folder holds data of other
             settings, no clip can be used, captions without a text encoder, or values that do not
             fit `dtype`.
-        CheckpointError: the folder cannot be written to, or its index is damaged.
+        MediaError: the folder cannot be made, or not be written into.
+        CheckpointError: a file cannot be written, or the index is damaged.
         DeviceError: memory is short, or a process that reads clips was lost. What was finished
             stays.
     """
@@ -79,6 +81,8 @@ def encode_clips(
         raise InputError(f"dtype {dtype!r} must be one of {list(DTYPES)}")
     folder = expand_home(folder)
     index = _open_index(source, folder, codec, text_encoder, shard_size, dtype)
+    if not index.complete:
+        make_output_folder(folder)
     start = index.shards[-1].stop if index.shards else 0
     clips = _read_clips(source, start, workers)
     progress = tqdm(
@@ -139,6 +143,8 @@ def _open_index(
         known = settings.keys() & index.settings.keys()
         changed = sorted(key for key in known if _differ(index.settings[key], settings[key]))
         if changed:
+            # A source's description says the format of its clips too.
+            changed = [name if name != "source" else "source or format" for name in changed]
             raise InputError(
                 f"{folder} holds data made with another {', '.join(changed)}; choose another "
                 "folder, or delete this one"

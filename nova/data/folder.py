@@ -15,8 +15,8 @@ from ..media import fit, read_image, read_video
 from ..model import NUM_CLASSES
 from .clips import Clip, ClipFormat, measure_motion
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+READABLE_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+READABLE_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 CAPTIONS_FILE = "captions.jsonl"
 
 
@@ -69,7 +69,7 @@ class FolderSource:
         else:
             self._entries = _find_files(self.folder)
         if not self._entries:
-            suffixes = ", ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+            suffixes = ", ".join((*READABLE_VIDEO_SUFFIXES, *READABLE_IMAGE_SUFFIXES))
             raise InputError(f"{captions or self.folder} names no file with one of {suffixes}")
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class FolderSource:
 
     def _read(self, path: Path) -> tuple[np.ndarray, float]:
         wanted = self.format
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in READABLE_IMAGE_SUFFIXES:
             if wanted.num_frames > 1:
                 raise InputError(f"{path} is an image; clips of {wanted.num_frames} are wanted")
             return read_image(path)[None], wanted.fps
@@ -124,7 +124,7 @@ class FolderSource:
 
 
 def _find_files(folder: Path) -> list[_Entry]:
-    suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+    suffixes = (*READABLE_VIDEO_SUFFIXES, *READABLE_IMAGE_SUFFIXES)
     paths: list[Path] = []
     starts, seen = [folder], set()
     # Grows by the links to folders. They come after the folders themselves, so that links to these,

@@ -1,6 +1,5 @@
 """Attention without a mask, by any of the libraries that compute it."""
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nova_kernels import block_causal_attention
+from nova_kernels.dispatch import HAS_TRITON
 from nova_kernels.errors import BackendError
 from nova_kernels.out_of_memory import is_out_of_gpu_memory
 
@@ -114,6 +114,6 @@ def installed_libraries(device: torch.device) -> tuple[str, ...]:
         return (TORCH, "math")
     names = [TORCH, "flash", "cudnn", "efficient"]
     names += [name for name in installed_packages() if name in LIBRARIES]
-    if importlib.util.find_spec("triton") is not None:
+    if HAS_TRITON:
         names.append("triton")
     return tuple(names)

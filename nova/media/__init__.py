@@ -5,16 +5,10 @@ only when it is complete.
 """
 
 from .contact_sheet import compare_clips, contact_sheet, contact_sheet_path
+from .files import IMAGE_FORMATS, OUTPUT_SUFFIXES, VIDEO_SUFFIXES, check_writable
 from .pixels import fit, to_uint8
 from .reading import read_image, read_video
-from .video_writer import (
-    IMAGE_FORMATS,
-    OUTPUT_SUFFIXES,
-    VIDEO_SUFFIXES,
-    MediaWarning,
-    VideoWriter,
-    check_writable,
-)
+from .video_writer import MediaWarning, VideoWriter
 from .writing import save, write_image, write_video
 
 __all__ = [

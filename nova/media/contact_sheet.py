@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import DependencyError, InputError
+from ..errors import InputError, dependency_error
+from ..numeric import checked_count
+from .pixels import check_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,11 +50,11 @@ def contact_sheet(
     Raises:
         InputError: no frames, wrong shape or dtype, or columns or max_frames below one.
     """
-    _check_clip(frames)
-    _check_count("max_frames", max_frames)
+    check_clip(frames)
+    max_frames = checked_count("max_frames", max_frames, least=1)
     shown = _evenly_chosen(len(frames), max_frames)
     columns = min(len(shown), 4) if columns is None else columns
-    _check_count("columns", columns)
+    columns = checked_count("columns", columns, least=1)
     drawer = _Drawer()
     cells = [drawer.cell(frames[index], f"frame {index}") for index in shown]
     rows = [cells[k : k + columns] for k in range(0, len(cells), columns)]
@@ -82,27 +84,14 @@ def compare_clips(
         raise InputError("a contact sheet needs at least one clip.")
     if captions is not None and len(captions) != len(clips):
         raise InputError(f"{len(clips)} clips were given with {len(captions)} captions.")
-    _check_count("columns", columns)
+    columns = checked_count("columns", columns, least=1)
     drawer = _Drawer()
     sections = []
     for index, clip in enumerate(clips):
-        _check_clip(clip)
+        check_clip(clip)
         row = [drawer.cell(clip[k], f"frame {k}") for k in _evenly_chosen(len(clip), columns)]
         sections.append((captions[index] if captions is not None else None, [row]))
     return drawer.sheet(sections)
-
-
-def _check_clip(frames: np.ndarray) -> None:
-    shape, dtype = np.shape(frames), getattr(frames, "dtype", None)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise InputError(
-            f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3), T >= 1."
-        )
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} is {value}; it must be at least 1.")
 
 
 def _evenly_chosen(count: int, at_most: int) -> list[int]:
@@ -118,7 +107,8 @@ class _Drawer:
         try:
             from PIL import Image, ImageDraw, ImageFont
         except ImportError as error:
-            raise DependencyError("contact sheets need pillow: pip install pillow") from error
+            need = "contact sheets need pillow"
+            raise dependency_error(need, "PIL", "pip install pillow", error) from error
         self._image, self._draw = Image, ImageDraw
         self._font = ImageFont.load_default(FONT_SIZE)
         ascent, descent = self._font.getmetrics()

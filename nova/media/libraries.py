@@ -4,17 +4,24 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from ..errors import DependencyError
+from ..errors import dependency_error
 
 
 def require(module: str) -> ModuleType:
-    """Import a module of Pillow or PyAV, or say how to install it."""
+    """Import a module of Pillow or PyAV, or say how to install it.
+
+    Raises:
+        DependencyError: it cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = "pillow" if module.startswith("PIL") else "av"
-        raise DependencyError(
-            f"reading and writing images and videos needs {package}: pip install {package}"
+        raise dependency_error(
+            f"reading and writing images and videos needs {package}",
+            module.partition(".")[0],
+            f"pip install {package}",
+            error,
         ) from error
 
 

@@ -42,6 +42,15 @@ def to_uint8(pixels: "np.ndarray | Tensor") -> np.ndarray:
     return np.stack([sample for sample, _ in samples])
 
 
+def check_clip(frames: np.ndarray) -> None:
+    """Raise an InputError unless frames are uint8 (T, H, W, 3), none of the sizes 0."""
+    shape, dtype = np.shape(frames), getattr(frames, "dtype", None)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise InputError(
+            f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3), T >= 1."
+        )
+
+
 def refuse_bad_values(bad: int, total: int) -> None:
     """Raise an InputError if any of `total` pixel values are NaN or infinite."""
     if bad:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, MediaError
+from ..numeric import checked_count
+from .files import frame_rate
 from .libraries import accurate_conversion, require
-from .video_writer import frame_rate
 
 UNSPECIFIED_COLORSPACE = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED, which PyAV gives as a number
 
@@ -29,13 +30,18 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     its first frame.
 
     Raises:
-        MediaError: the file is missing, no image, or damaged.
+        MediaError: the file is missing, no image, damaged, too large, or has floating point
+            pixels.
     """
     path = _existing_file(path)
     image_module = require("PIL.Image")
     try:
         with image_module.open(path) as image:
             return image_to_array(image)
+    except image_module.DecompressionBombError as error:
+        raise MediaError(f"{path} is too large an image ({error}); make it smaller.") from error
+    except InputError as error:
+        raise MediaError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
         raise MediaError(
             f"{path} cannot be read as an image: it is damaged, or not an image ({error})."
@@ -46,7 +52,12 @@ def image_to_array(image: Any) -> np.ndarray:
     """A PIL image as (H, W, 3) uint8: what `read_image` gives of its file.
 
     The EXIF orientation is applied, transparency is laid over white, and 16 bits become 8.
+
+    Raises:
+        InputError: floating point pixels.
     """
+    if image.mode == "F":  # Pillow's conversion takes 255 for white; most files mean 1
+        raise InputError("the image has floating point pixels; save it with 8 or 16 bits a pixel.")
     image = require("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it
         grey = (np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8)
@@ -90,8 +101,8 @@ def read_video(
     """
     if fps is not None:
         frame_rate(fps)
-    if max_frames is not None and max_frames < 1:
-        raise InputError(f"max_frames is {max_frames}; it must be at least 1.")
+    if max_frames is not None:
+        max_frames = checked_count("max_frames", max_frames, least=1)
     if not (math.isfinite(start) and start >= 0):
         raise InputError(f"start is {start}; it must be a number of seconds, 0 or more.")
     path = _existing_file(path)

@@ -7,9 +7,10 @@ import numpy as np
 
 from ..errors import InputError, MediaError
 from .contact_sheet import contact_sheet
+from .files import IMAGE_FORMATS, VIDEO_SUFFIXES, check_writable, part_path
 from .libraries import require
 from .pixels import as_clip
-from .video_writer import IMAGE_FORMATS, VIDEO_SUFFIXES, VideoWriter, check_writable, part_path
+from .video_writer import VideoWriter
 
 
 def save(path: str | os.PathLike, frames: np.ndarray, fps: float | None = None) -> Path:

@@ -4,7 +4,6 @@ import argparse
 
 from .. import media
 from ..errors import NovaError
-from ..media.video_writer import IMAGE_FORMATS
 from ..motion import require_opencv
 from .accuracy import degrade, measuring_accuracy
 from .dataset import ShapesDataset
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 def write_sheet(options: argparse.Namespace) -> None:
-    media.check_writable(options.out, tuple(IMAGE_FORMATS))
+    media.check_writable(options.out, tuple(media.IMAGE_FORMATS))
     dataset = ShapesDataset(
         options.seed, options.count, options.frames, options.side, options.side, held_out=None
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
+from ..media.pixels import check_clip
 from ..motion import require_opencv
 from .blobs import Blob, to_lab
 from .motion_class import classify_motion
@@ -71,9 +71,7 @@ def measure(frames: np.ndarray) -> Measurement:
         InputError: another shape or dtype, or no frames.
         DependencyError: OpenCV is not installed.
     """
-    shape, dtype = np.shape(frames), getattr(frames, "dtype", None)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise InputError(f"frames have shape {shape} and type {dtype}; expected uint8 (T, H, W, 3)")
+    check_clip(frames)
     frames = _shrink(frames)
     unit = min(frames.shape[1:3])
     background, count, tracks = track_shapes(frames)

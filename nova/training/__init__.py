@@ -7,13 +7,12 @@ from importlib import import_module
 from typing import Any
 
 from .divergence import DivergenceError
-from .options import RunOptions, TrainingOptions, VAETrainingOptions
+from .options import RunOptions, TextEncoderOptions, TrainingOptions, VAETrainingOptions
 
 # Imported at first use: a text encoder needs transformers, and the options need nothing.
 _LAZY = {
     "CaptionLabels": "text_encoder",
     "FrozenParts": "checkpoints",
-    "TextEncoderOptions": "text_encoder",
     "make_text_encoder": "text_encoder",
     "new_model": "initialization",
     "new_vae": "initialization",
@@ -41,3 +40,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'nova.training' has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

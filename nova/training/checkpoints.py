@@ -34,6 +34,7 @@ class Checkpoints:
         return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
     def latest(self) -> Path | None:
+        """The newest complete checkpoint; None: there is none."""
         found = self.all()
         return found[-1] if found else None
 

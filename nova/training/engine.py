@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import DependencyError, InputError
+from ..errors import InputError, dependency_error
 from .divergence import LossWatch
 from .ema import EMA
 from .options import RunOptions
@@ -31,8 +31,8 @@ def make_accelerator(options: RunOptions) -> "Accelerator":
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
     except ImportError as error:
-        raise DependencyError(
-            "training needs accelerate: pip install 'nova-kernels[train]'"
+        raise dependency_error(
+            "training needs accelerate", "accelerate", "pip install 'nova-kernels[train]'", error
         ) from error
     # The model has no buffers that change.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)

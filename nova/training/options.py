@@ -229,3 +229,43 @@ class VAETrainingOptions(RunOptions):
         _check_flags(self, "freeze_encoder")
         if self.crop is not None:
             check_whole(self, "crop", least=1)
+
+
+@dataclass(frozen=True)
+class TextEncoderOptions:
+    """Size of a text encoder, and how it is trained.
+
+    Attributes:
+        hidden_size: width of the embeddings (`text_token_dim` of a NOVA config), a multiple of
+            4 * num_heads.
+        vocab_size: at most; 257 (bytes and the end of text) at least.
+        max_length: tokens of a caption; longer ones are cut.
+        steps, batch_size, learning_rate: of AdamW, with a cosine schedule after a short warm-up.
+            0 steps leave random weights.
+        seed: of weights and order.
+
+    Raises:
+        InputError: a value that is out of range.
+    """
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    vocab_size: int = 512
+    max_length: int = 64
+    steps: int = 500
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "max_length")
+        check_whole(self, *sizes, "batch_size", least=1)
+        check_whole(self, "steps", least=0)
+        check_seed(self)
+        check_whole(self, "vocab_size", least=257)
+        check_finite(self, "learning_rate", least=0)
+        if self.hidden_size % (4 * self.num_heads):
+            raise InputError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 * {self.num_heads} heads"
+            )

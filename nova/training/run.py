@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from ..data.loading import worker_failures
 from ..devices import out_of_memory
 from ..errors import InputError
+from ..output_folder import make_output_folder
 from .checkpoints import Checkpoints
 from .engine import Engine
 from .metrics import MetricsFile, plot_metrics
 from .options import RunOptions
-from .output_folder import make_output_folder
 from .speed import Stopwatch
 from .state import averaged_weights, read_progress, save_training_state
 

@@ -14,11 +14,10 @@ from tqdm.auto import tqdm
 from ..checkpoint import write_files
 from ..data.seeds import keyed_generator
 from ..devices import torch_defaults
-from ..errors import CheckpointError, DependencyError, InputError
-from ..numeric import check_finite, check_whole
+from ..errors import CheckpointError, InputError, dependency_error
+from ..output_folder import make_output_folder
 from .divergence import DivergenceError
-from .options import check_seed
-from .output_folder import make_output_folder
+from .options import TextEncoderOptions
 from .text_objectives import LabelObjective, NextTokenObjective
 from .tokenizer import END_OF_TEXT, end_with, save_tokenizer, train_tokenizer
 
@@ -46,46 +45,6 @@ class CaptionLabels:
             raise InputError(f"{answers.shape[1]} answers a caption, but {len(self.sizes)} sizes")
         if (answers < 0).any() or (answers >= torch.tensor(self.sizes)).any():
             raise InputError("an answer lies beyond its question's size")
-
-
-@dataclass(frozen=True)
-class TextEncoderOptions:
-    """Size of a text encoder, and how it is trained.
-
-    Attributes:
-        hidden_size: width of the embeddings (`text_token_dim` of a NOVA config), a multiple of
-            4 * num_heads.
-        vocab_size: at most; 257 (bytes and the end of text) at least.
-        max_length: tokens of a caption; longer ones are cut.
-        steps, batch_size, learning_rate: of AdamW, with a cosine schedule after a short warm-up.
-            0 steps leave random weights.
-        seed: of weights and order.
-
-    Raises:
-        InputError: a value that is out of range.
-    """
-
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    vocab_size: int = 512
-    max_length: int = 64
-    steps: int = 500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_layers", "num_heads", "max_length")
-        check_whole(self, *sizes, "batch_size", least=1)
-        check_whole(self, "steps", least=0)
-        check_seed(self)
-        check_whole(self, "vocab_size", least=257)
-        check_finite(self, "learning_rate", least=0)
-        if self.hidden_size % (4 * self.num_heads):
-            raise InputError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 * {self.num_heads} heads"
-            )
 
 
 def make_text_folders(folder: str | os.PathLike) -> tuple[Path, Path]:
@@ -149,8 +108,8 @@ def make_text_encoder(
     try:
         from transformers import PhiConfig, PhiModel
     except ImportError as error:
-        raise DependencyError(
-            "text encoders need transformers: pip install transformers"
+        raise dependency_error(
+            "text encoders need transformers", "transformers", "pip install transformers", error
         ) from error
     text_encoder_dir, tokenizer_dir = make_text_folders(folder)
     tokenizer = train_tokenizer(captions, options.vocab_size)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import DependencyError
+from ..errors import dependency_error
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -23,7 +23,9 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> Any:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise DependencyError("tokenizers are missing: pip install transformers") from error
+        raise dependency_error(
+            "text encoders need tokenizers", "tokenizers", "pip install transformers", error
+        ) from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -57,7 +57,7 @@ class Choice:
 
 
 def together(choices: Sequence[Choice], chosen: Sequence[str]) -> Choice:
-    """The choice whether to run by what was chosen at all, of choices of one stage."""
+    """The choice between a stage as tuned, every choice at its chosen candidate, and by default."""
 
     def set_all(name: str) -> None:
         for choice, candidate in zip(choices, chosen, strict=True):

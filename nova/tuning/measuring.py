@@ -24,9 +24,9 @@ TOLERANCES = {
 ROUNDS = 5
 # A time is taken over as many repetitions as last so long.
 LEAST_SECONDS = 0.01
-# A smaller gain may be noise, but where no turn of the default was as fast as any of a candidate.
+# A smaller gain may be noise, unless every turn of the candidate beat every turn of the default.
 LEAST_GAIN = 0.05
-# Less than that is not worth another way to compute.
+# A clear gain below this is not worth leaving the default.
 LEAST_CLEAR_GAIN = 0.01
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json, write_json
+from ..checkpoint import expand_home, read_json, write_json
 from ..errors import CheckpointError
 
 VARIABLE = "NOVA_CACHE"
@@ -64,10 +64,14 @@ class TuningRecord:
 
 
 def cache_folder() -> Path:
-    """Where records are kept: $NOVA_CACHE, else nova-kernels in $XDG_CACHE_HOME or ~/.cache."""
+    """Where records are kept: $NOVA_CACHE, else nova-kernels in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        CheckpointError: ~ of a user who has no home folder.
+    """
     if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nova-kernels"
+        return expand_home(os.environ[VARIABLE])
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nova-kernels"
 
 
 def load_record(facts: Mapping[str, Any]) -> TuningRecord | None:

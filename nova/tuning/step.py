@@ -56,11 +56,6 @@ class MiddleStep:
         self._drawn = SetNoise.draw(noisy, schedule, guidance)
         self._timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
 
-    @property
-    def set_size(self) -> int:
-        """Tokens that the step reveals."""
-        return self._stop - self._start
-
     def in_float32(self) -> "MiddleStep":
         """The same step of the same numbers by plain torch in float32, on a copy of the model."""
         step = copy.copy(self)

@@ -18,6 +18,7 @@ from ..graph_recording import CUDARecorder
 from ..guidance import Guidance
 from ..libraries.packages import installed_packages
 from ..model import NOVATransformer
+from ..numeric import checked_count
 from ..request import Request
 from ..schedule import DiffusionSchedule, set_sizes
 from .choices import DEFAULT, Choice, Stage, choices_of, together
@@ -99,7 +100,7 @@ def tune(
         batch_size: samples that will be made at a time.
         num_inference_steps, num_diffusion_steps, guidance_scale: of the calls to come; None: what
             the checkpoint recommends.
-        measure_again: whether or not there is a record.
+        measure_again: measure even if there is a record.
 
     Raises:
         InputError: a pipeline of the reference that is not accelerated, or numbers below 1.
@@ -108,8 +109,7 @@ def tune(
     from ..acceleration import accelerated_sampling
     from ..pipeline import NOVAPipeline
 
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = checked_count("batch_size", batch_size, least=1)
     options = {
         "num_inference_steps": num_inference_steps,
         "num_diffusion_steps": num_diffusion_steps,

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nova_kernels.checks import check_values
+from nova_kernels.checks import refuse_negating_views
 from nova_kernels.cuda_kernels.extension import DTYPES, dtype_of, stream_of
 from nova_kernels.dispatch import promoted
 from nova_kernels.errors import BackendError
@@ -63,7 +63,7 @@ def launch_rows(
         )
     if found.count > MAX_ROWS:
         raise BackendError(f"{name}: CUDA kernels take up to {MAX_ROWS} rows, got {found.count}")
-    check_values(name, *found.tensors)
+    refuse_negating_views(name, *found.tensors)
     first = found.tensors[0]
     arguments = getattr(module, struct)()
     arguments.dtype = dtype_of(module, first.dtype)

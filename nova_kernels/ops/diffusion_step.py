@@ -115,7 +115,8 @@ def reference(
     result = (x if step.sample == 1 else x * step.sample).add(guided, alpha=step.prediction)
     if noise is not None:
         result = result.add(noise, alpha=step.noise)
-    return (result if mask is None else torch.where(mask[..., None], result, x)), factor
+    result = result if mask is None else torch.where(mask[..., None], result, x)
+    return result, factor.float()
 
 
 def _norm(x: Tensor, outside: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -155,10 +156,11 @@ def _check(
         require(fits, f"noise must be like x, got {tuple(noise.shape)} of {noise.dtype}")
     if outside is not None:
         fits = outside.shape == x.shape[:1] and outside.dtype == torch.float32
-        require(fits, f"outside must be ({shape[0]},) float32, got {tuple(outside.shape)}")
+        given = f"{tuple(outside.shape)} of {outside.dtype}"
+        require(fits, f"outside must be ({shape[0]},) of float32, got {given}")
     if mask is not None:
         fits = mask.shape == x.shape[:2] and mask.dtype == torch.bool
-        require(fits, f"mask must be {shape[:2]} of bool, got {tuple(mask.shape)}")
+        require(fits, f"mask must be {shape[:2]} of bool, got {tuple(mask.shape)} of {mask.dtype}")
 
 
 def _step(

@@ -68,7 +68,9 @@ def residual_norm(
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             raise ValueError("residual_norm: inplace=True destroys what gradients are made of")
         if x.shape != shape:
-            raise ValueError(f"residual_norm: {tuple(shape)} does not fit in place of {x.shape}")
+            raise ValueError(
+                f"residual_norm: {tuple(shape)} does not fit in place of {tuple(x.shape)}"
+            )
         check_writable("residual_norm", "x", x)
         if chosen == "reference":
             return x.copy_(reference(x, h, weight, bias, gate, eps))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_kernels.checks import check_values
+from nova_kernels.checks import refuse_negating_views
 
 # Of every launch, beside its own. Products and sums make one instruction, which Triton from 3.10 on
 # does only where it is asked to.
@@ -41,12 +41,12 @@ class Launch:
         """Launch on the tensors' device and its current stream. An empty grid does nothing.
 
         Raises:
-            BackendError: see `check_values`.
+            BackendError: see `refuse_negating_views`.
         """
         if 0 in self.grid:
             return
         tensors = [value for value in self.arguments.values() if isinstance(value, Tensor)]
-        check_values(self.kernel.__name__, *tensors)
+        refuse_negating_views(self.kernel.__name__, *tensors)
         with torch.cuda.device_of(tensors[0]):
             self.kernel[self.grid](
                 **self.arguments,

@@ -1,9 +1,9 @@
-"""The folder that a training writes into."""
+"""The folder that long work, such as a training, writes into."""
 
 import tempfile
 from pathlib import Path
 
-from ..errors import MediaError
+from .errors import MediaError
 
 
 def make_output_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""Options that the training commands share."""
+"""Options that commands share."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,24 @@ DATA, RUN, OPTIMISER, FILES = "Data", "Run", "Optimiser", "Files"
 
 def option(*names: str, panel: str, **settings: object) -> object:
     return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+class Backend(str, Enum):
+    """Implementations of the ops, by the names of `nova_kernels.dispatch`."""
+
+    auto = "auto"
+    reference = "reference"
+    triton = "triton"
+    cuda = "cuda"
+    cpp = "cpp"
+
+
+class Dtype(str, Enum):
+    """Precisions of `--dtype`, by torch's names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 Source = Annotated[
