@@ -45,7 +45,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Card:
+class MeasuredCard:
     """A card that is not at hand.
 
     Attributes:
@@ -62,8 +62,8 @@ class Card:
 _TABLE = 'table "Maximum Achievable Matmul FLOPS" of github.com/stas00/ml-engineering'
 # The A100 of 40 GB, on which the model's authors measured; the one of 80 GB has 2.039 TB/s.
 CARDS = (
-    Card("A100 40 GB", Ceilings(271e12, 1.555e12), f"{_TABLE}, A100 SXM"),
-    Card("H200", Ceilings(790e12, 4.8e12), f"{_TABLE}, H100 SXM, which has the same chip"),
+    MeasuredCard("A100 40 GB", Ceilings(271e12, 1.555e12), f"{_TABLE}, A100 SXM"),
+    MeasuredCard("H200", Ceilings(790e12, 4.8e12), f"{_TABLE}, H100 SXM, which has the same chip"),
 )
 
 

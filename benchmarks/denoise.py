@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from argument_types import positive_int, positive_ints
-from denoise_costs import CARDS, step_cost
-from measure import is_lost, machine, relative_error, results_file, timed, write_rows
+from denoise_costs import DATA_SHEET_CARDS, step_cost
+from measure import is_lost, keep_rows, machine, relative_error, results_file, timed, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -214,7 +214,7 @@ def _figures(
 def predict(shape: DenoiseShape) -> list[dict[str, Any]]:
     """A row for every card of `denoise_costs`: counted, not measured."""
     rows = []
-    for card in CARDS:
+    for card in DATA_SHEET_CARDS:
         row = {"tokens": shape.tokens, "rows": shape.rows, "card": card.name}
         reason = obstacle_of_shape(shape) or obstacle_of_memory(shape, card.limits)
         if reason is not None:
@@ -285,7 +285,7 @@ def main() -> int:
             for row in measure(shapes, arguments.steps, device, dtype):
                 rows.append(row)
                 if arguments.json:  # what there is, in case that a later one does not end well
-                    write_rows(arguments.json, "denoise.py", facts, rows)
+                    keep_rows(arguments.json, "denoise.py", facts, rows)
             rows.sort(key=lambda row: row["tokens"])
             print_rows(rows, f"A denoise step on {facts['name']}: {sizes}")
         else:

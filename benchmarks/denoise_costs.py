@@ -44,7 +44,7 @@ class Card:
     layer_latency: float
 
 
-CARDS = (
+DATA_SHEET_CARDS = (
     Card("A100", DeviceLimits({1: 108}, 166_912), 1.555e12, 312e12, 4e12, 1.3e-6, 1.3e-6, 1.5e-6),
     Card(
         "H200",

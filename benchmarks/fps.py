@@ -27,7 +27,7 @@ from fps_rows import Row, speeds
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
-from measure import check_file, machine, write_rows
+from measure import check_file, keep_rows, machine
 from reference_package import DIFFNEXT, import_reference
 
 from nova.devices import check_device, free_memory, is_out_of_memory
@@ -84,10 +84,12 @@ class Results:
 
     Attributes:
         rows: of batch sizes that are finished.
+        is_written: whether the file has all rows there were, or there is to be none.
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any]):
         self.rows: list[Row] = []
+        self.is_written = True
         self._of_batch: list[Row] = []
         self._path, self._facts = path, facts
 
@@ -95,7 +97,7 @@ class Results:
         """These are the rows of the batch size at hand so far."""
         self._of_batch = rows
         if self._path is not None:
-            write_rows(self._path, "fps.py", self._facts, self.rows + rows)
+            self.is_written = keep_rows(self._path, "fps.py", self._facts, self.rows + rows)
 
     def finish_batch(self) -> list[Row]:
         """What comes is of another batch size. Returns the rows of this one."""
@@ -146,6 +148,7 @@ def main() -> int:
     # Right after the products, so that clocks are those of work.
     facts = machine(device) | card_facts(device) | ceilings.facts()
     results = Results(arguments.json, facts)
+    failed = False
     for workload in workloads:
         for batch in workload.batches:
             print(f"sampling {workload.geometry}, batch {batch} ...", file=sys.stderr, flush=True)
@@ -172,7 +175,9 @@ def main() -> int:
                     keep=results.keep,
                 )
             except (NovaError, BackendError) as error:
-                parser.error(str(error))
+                # Others may be measured all the same.
+                print(f"cannot be measured: {error}", file=sys.stderr, flush=True)
+                failed = True
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -188,7 +193,8 @@ def main() -> int:
     print_tables(rows, facts)
     if arguments.plot:
         plot(arguments.plot, rows, f"Sampling on {facts['name']}, torch {facts['torch']}")
-    return 1 if any(row.get("refused", "").startswith(("wrong", "failed")) for row in rows) else 0
+    failed |= any(row.get("refused", "").startswith(("wrong", "failed")) for row in rows)
+    return 1 if failed or not results.is_written else 0
 
 
 if __name__ == "__main__":

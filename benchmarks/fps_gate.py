@@ -1,5 +1,6 @@
 """The gate of fps.py: what a sampler has to agree with for its times to count."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Agreement:
     """How far a sampler's latents are from what they should be; relative errors.
 
     Attributes:
-        error: against the plain sampler's.
+        error: against the plain sampler's; infinite for another shape.
         float32_error: against float32, in the first sets; None: float32 was not computed.
         refused: why they are wrong; None: they are right.
     """
@@ -60,6 +61,9 @@ class Gate:
 
     def check(self, latents: Tensor) -> Agreement:
         """Hold a sampler's latents against the first ones that were given, which are plain's."""
+        if self._plain is not None and latents.shape != self._plain.shape:
+            shape, plains = tuple(latents.shape), tuple(self._plain.shape)
+            return Agreement(math.inf, None, f"wrong: shape {shape}, plain's {plains}")
         float32_error = None
         if self._float32_tokens is not None:
             first = self._run.first_tokens(latents, FLOAT32_SETS)

@@ -156,6 +156,7 @@ class _RowMaker:
             "geometry": workload.geometry,
             "weights": "random" if workload.checkpoint is None else "checkpoint",
             "latent_frames": workload.num_frames,
+            "temporal_factor": workload.temporal_factor,
             "steps": workload.num_steps,
             "diffusion_steps": workload.num_diffusion_steps,
             "sets_run": run.sets_run,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fps_rows import Row, workload_name
+from fps_rows import Row, is_whole, workload_name
 
 from nova.errors import DependencyError, InputError
 
@@ -54,7 +54,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     figure.suptitle(title)
     all_axes = figure.subplots(panels, columns, squeeze=False)
     for column, (name, of_workload) in enumerate(by_workload.items()):
-        part = "" if _is_whole(of_workload[0]) else "\n(a part of a video, scaled up)"
+        part = "" if is_whole(of_workload[0]) else "\n(a part of a video, scaled up)"
         all_axes[0, column].set_title(name + part, fontsize=10)
         _draw_speeds(all_axes[0, column], of_workload)
         with_stages = [row for row in of_workload if "stages_s" in row]
@@ -64,10 +64,6 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
         axes.set_visible(axes.has_data())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
-
-
-def _is_whole(row: Row) -> bool:
-    return row["sets_run"] == row["sets_of_video"]
 
 
 def _draw_speeds(axes: "Axes", rows: Sequence[Row]) -> None:

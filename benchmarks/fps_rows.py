@@ -18,6 +18,11 @@ def workload_name(row: Row) -> str:
     return f"{row['geometry']} {numbers}"
 
 
+def is_whole(row: Row) -> bool:
+    """Whether a row is of a whole video, not of a part that counts as its share."""
+    return row["sets_run"] == row["sets_of_video"]
+
+
 def speeds(rows: Sequence[Row]) -> str:
     """Frames a second of the samplers of one batch size, in a line."""
     timed = [f"{row['sampler']} {row['fps']:.3g}" for row in rows if "fps" in row]

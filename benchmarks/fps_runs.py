@@ -84,7 +84,7 @@ def run_samplers(
         samplers: by name; plain, which the others are compared with, comes first.
         gate: what their latents have to pass.
         warm_up: False: the first run of a sampler counts as the first of `repeats`, but for those
-            that compile or record in it.
+            of `STARTING_UP`.
         seconds: no third or later turn begins after so many.
         say: is told what was run.
         keep: is given all that was seen so far, after every run.

@@ -5,17 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clip_lengths import pixel_frames
 from fps_text import PHI_2, SIZES
 from fps_vae import IMAGE_VAE
+from random_model import check_takes_text
 
 from nova.checkpoint import find_folder
+from nova.codec import read_temporal_factor
 from nova.config import ModelConfig, named_config
+from nova.data.clips import VIDEO_STRIDE
 from nova.errors import InputError
 from nova.folders import read_configs
+from nova.pipeline import DEFAULT_LATENT_FRAMES
 
 RELEASED_VIDEO = "nova-d48w1024-osp480"
-# Latent frames of 33 pixel frames, which the released model was trained for.
-TRAINED_FRAMES = 9
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Workload:
         warm_up: whether a run of each sampler goes before the timed ones.
         text: name for `fps_text.make_text_encoder`; None: prompts are embeddings, untimed.
         vae: name for `fps_vae.make_vae`; None: nothing is decoded.
+        temporal_factor: pixel frames of a latent frame, after the first, which stands for one.
         checkpoint: folder; None: random weights.
     """
 
@@ -48,12 +52,20 @@ class Workload:
     warm_up: bool = True
     text: str | None = None
     vae: str | None = None
+    temporal_factor: int = VIDEO_STRIDE
     checkpoint: Path | None = None
 
     @property
     def pixel_frames(self) -> int:
-        """Frames of a whole video: one for the first latent frame, four for each other."""
-        return 1 + 4 * (self.num_frames - 1)
+        """Frames of a whole video."""
+        return pixel_frames(self.num_frames, self.temporal_factor)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The config of the model that samples."""
+        if self.checkpoint is None:
+            return named_config(self.geometry)
+        return read_configs(self.checkpoint)[0]
 
     @property
     def is_part(self) -> bool:
@@ -74,7 +86,7 @@ SMALL = Workload("small-video", 5, 16, num_diffusion_steps=25, vae="tiny")
 # The released model is too slow for a CPU: the first sets of a frame, once.
 PART_OF_RELEASED = Workload(
     RELEASED_VIDEO,
-    TRAINED_FRAMES,
+    DEFAULT_LATENT_FRAMES,
     64,
     num_diffusion_steps=25,
     num_sets=2,
@@ -86,7 +98,7 @@ PART_OF_RELEASED = Workload(
 )
 RELEASED = Workload(
     RELEASED_VIDEO,
-    TRAINED_FRAMES,
+    DEFAULT_LATENT_FRAMES,
     64,
     num_diffusion_steps=25,
     run_seconds=10.0,
@@ -120,8 +132,9 @@ def choose_workloads(
             workload has it.
 
     Raises:
-        InputError: numbers below 1, both a geometry and a model, both sets and frames to run, or a
-            text encoder or VAE that is asked for and cannot be timed.
+        InputError: numbers below 1, both a geometry and a model, both sets and frames to run, a
+            model that takes no text, a clip of an image model, or a text encoder or VAE that is
+            asked for and cannot be timed.
         ConfigError, CheckpointError: no such geometry or model.
     """
     changes: dict[str, Any] = {name: n for name, n in numbers.items() if n is not None}
@@ -143,9 +156,22 @@ def choose_workloads(
     if "run_frames" in changes:
         changes["num_sets"] = None  # in place of a few sets, which a CPU takes by default
     workloads = [replace(workload, **changes) for workload in workloads]
+    for workload in workloads:
+        check_takes_text(workload.model_config, workload.geometry)
+        check_latent_frames(workload.model_config, workload.num_frames)
     for part, is_wanted in (("text", text), ("vae", vae)):
         workloads = [_with_part(workload, part, is_wanted, device_type) for workload in workloads]
     return workloads
+
+
+def check_latent_frames(config: ModelConfig, num_frames: int) -> None:
+    """Check that a model makes so many latent frames.
+
+    Raises:
+        InputError: an image model makes one.
+    """
+    if num_frames > 1 and not config.is_video:
+        raise InputError(f"an image model makes one latent frame, not {num_frames}")
 
 
 def _of_geometry(name: str, device_type: str) -> Workload:
@@ -154,7 +180,7 @@ def _of_geometry(name: str, device_type: str) -> Workload:
     template = small if config.image_encoder.embed_dim < 512 else released
     if template.geometry == name:
         return template
-    num_frames = min(TRAINED_FRAMES, config.time_base)
+    num_frames = min(DEFAULT_LATENT_FRAMES, config.time_base)
     vae = (template.vae or "osp") if config.is_video else IMAGE_VAE
     return replace(
         template,
@@ -172,14 +198,16 @@ def _text_encoder_of(config: ModelConfig) -> str | None:
 
 def _of_checkpoint(folder: Path) -> Workload:
     config, _ = read_configs(folder)
+    has_vae = (folder / "vae").is_dir()
     return Workload(
         folder.name,
-        min(TRAINED_FRAMES, config.time_base),
+        min(DEFAULT_LATENT_FRAMES, config.time_base),
         64,
         num_diffusion_steps=25,
         run_seconds=RELEASED.run_seconds,
         text="checkpoint" if (folder / "text_encoder").is_dir() else None,
-        vae="checkpoint" if (folder / "vae").is_dir() else None,
+        vae="checkpoint" if has_vae else None,
+        temporal_factor=read_temporal_factor(folder / "vae") if has_vae else VIDEO_STRIDE,
         checkpoint=folder,
     )
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from replace_text import replace_text
 
 from nova.devices import PeakMemory, idle_graph_bytes
 from nova.errors import InputError
@@ -155,12 +157,25 @@ def results_file(text: str) -> Path:
 
 
 def write_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a results file: the machine, the command that this process was called by, the rows."""
-    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    """Write a results file: the machine, the command that this process was called by, the rows.
+
+    Raises:
+        OSError: it cannot be written; an earlier one stays.
+    """
+    command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"machine": facts, "command": command, "rows": rows}, indent=1) + "\n"
-    )
+    content = {"machine": facts, "command": command, "rows": rows}
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def keep_rows(path: Path, script: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """`write_rows` while work goes on, which a full disk must not end; whether it succeeded."""
+    try:
+        write_rows(path, script, facts, rows)
+    except OSError as error:
+        print(f"{path} could not be written: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from argument_types import positive_float, positive_int
+from replace_text import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,7 +213,7 @@ def main(argv: list[str]) -> None:
     }
     print(json.dumps(row, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        replace_text(arguments.json, json.dumps([*rows, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from compile_report import compile_rows, faults, print_compile_table
 from graph_times import graph_microseconds
 from kernel_cases import KernelCase, kernel_cases
 from kernel_table import print_times
-from measure import is_lost, machine, relative_error, results_file, write_rows
+from measure import is_lost, keep_rows, machine, relative_error, results_file, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -284,7 +284,7 @@ def main() -> int:
         for case in cases:
             rows += measure(case, device, dtype, limits, compiled=arguments.compile)
             if arguments.json:  # what there is, in case that a later one does not end well
-                write_rows(arguments.json, "op_times.py", facts, rows)
+                keep_rows(arguments.json, "op_times.py", facts, rows)
             if is_lost(device):
                 print(f"the GPU refuses all work after {case.op}", file=sys.stderr)
                 break

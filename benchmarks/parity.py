@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from measure import relative_error
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -190,6 +191,7 @@ def run_case(folder: Path, place: Place = Place()) -> dict[str, float]:
 
     Raises:
         Unsupported, NovaError: the case cannot be run.
+        ValueError, SafetensorError: its files are damaged.
     """
     case = json.loads((folder / "case.json").read_text())
     vectors = load_file(folder / "vectors.safetensors", device=str(place.device))
@@ -230,7 +232,15 @@ def main() -> int:
     for folder in cases:
         try:
             errors = run_case(folder, place)
-        except (Unsupported, NovaError, BackendError, OSError, KeyError) as error:
+        except (
+            Unsupported,
+            NovaError,
+            BackendError,
+            OSError,
+            KeyError,
+            ValueError,  # such as of JSON
+            SafetensorError,
+        ) as error:
             print(f"{folder.name:30} NOT SUPPORTED: {type(error).__name__}: {error}")
             failed += 1
             continue

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from clip_lengths import latent_frames
 from measure import machine
 from quality_evaluation import DEFAULT_MOTION_RANGE, DEFAULT_SEED, CaseSet, Evaluation
 from quality_frechet import frechet
@@ -24,7 +25,7 @@ from quality_longer import continuation, extrapolation
 from quality_plots import ACCURACIES, require_matplotlib
 from quality_report import run_tasks
 from quality_results import TaskResult
-from quality_sampler import ClipSampler, SamplerSettings, latent_frames
+from quality_sampler import ClipSampler, SamplerSettings
 from quality_speed import Sweep, measure_sweep
 from quality_tasks import image_to_video, motion, text_to_video
 

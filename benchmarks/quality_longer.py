@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from clip_lengths import latent_frames, pixel_frames
 from quality_cases import NEW_CAPTIONS, NEW_COMBINATIONS, Case
 from quality_evaluation import Evaluation
 from quality_results import Quantity, Section, TaskResult
-from quality_sampler import latent_frames, pixel_frames
 from quality_scoring import (
     ENTRIES,
     WAYS,

@@ -9,6 +9,7 @@ from typing import Any
 from quality_plots import ACCURACIES, plot_accuracies, plot_task
 from quality_results import TaskResult
 from quality_tables import print_result
+from replace_text import replace_text
 
 
 def run_tasks(
@@ -36,7 +37,8 @@ def run_tasks(
             seconds = round(time.perf_counter() - start, 1)
             results.append(result)
             saved[name] = {"seconds": seconds, **result.to_dict()}
-            _write({**facts, "tasks": saved}, path)
+            content = {**facts, "tasks": saved}
+            replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
             print_result(result)
             if plots is not None:
                 plot_task(plots, result)
@@ -45,10 +47,3 @@ def run_tasks(
             print(f"{path}: {', '.join(saved)}")
             if plots is not None:
                 plot_accuracies(plots / ACCURACIES, results)
-
-
-def _write(values: Mapping[str, Any], path: Path) -> None:
-    """The file is the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
+from clip_lengths import latent_frames, pixel_frames
 from quality_cases import Case
 
 import nova
 from nova import shapes
 from nova.codec import to_pixels
-from nova.data.clips import VIDEO_STRIDE
 from nova.errors import InputError
 from nova.outputs import convert_pixels
 from nova.pipeline import DEFAULT_LATENT_FRAMES
@@ -121,15 +121,6 @@ class ClipSampler:
         vae, batch = self._pipeline.vae, len(clips)
         latents = vae.encode(to_pixels(clips), sample=False, batch_size=batch)
         return convert_pixels(vae.decode(latents, batch_size=batch), "uint8")
-
-
-def pixel_frames(latent: int) -> int:
-    return 1 + VIDEO_STRIDE * (latent - 1)
-
-
-def latent_frames(pixel: int) -> int:
-    """Latent frames of 1 + 4n pixel frames."""
-    return 1 + (pixel - 1) // VIDEO_STRIDE
 
 
 def _check_pipeline(pipeline: nova.NOVAPipeline) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from work_counts import Work, sampling_work
 
 from nova.conditioning import Conditioning
-from nova.config import named_config
+from nova.config import ModelConfig, named_config
 from nova.errors import InputError
 from nova.folders import load_parts
 from nova.guidance import Guidance
@@ -31,6 +31,16 @@ class DrawsInFloat32(NoiseSource):
 
     def normal(self, *shape: int) -> Tensor:
         return super().normal(*shape).float()
+
+
+def check_takes_text(config: ModelConfig, name: str) -> None:
+    """Check that a model is one to be measured.
+
+    Raises:
+        InputError: it takes no text.
+    """
+    if not config.text_token_dim:
+        raise InputError(f"{name} takes class labels; choose a model that takes text")
 
 
 class RandomModelRun:
@@ -81,8 +91,7 @@ class RandomModelRun:
         self._model.set_backend(backend)
         self._dtype, self._noise_kind = dtype, NoiseSource
         self.config = config = model.config
-        if not config.text_token_dim:
-            raise InputError(f"{geometry} takes class labels; choose a model that takes text")
+        check_takes_text(config, geometry)
         self._guidance = Guidance(scale=5.0)
         self._schedule = scheduler.schedule(num_diffusion_steps)
         prompts = torch.randn(batch, config.text_token_len, config.text_token_dim)

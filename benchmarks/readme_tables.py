@@ -16,15 +16,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fps_rows import float32_errors
+from clip_lengths import pixel_frames
+from fps_rows import PLAIN, Row, float32_errors, is_whole
 
 from nova.config import NAMED_CONFIGS
+from nova.data.clips import VIDEO_STRIDE
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 START, END = re.compile(r"^<!-- table: (.*) -->$"), "<!-- end table -->"
-PLAIN = "plain"
-Row = dict[str, Any]
 
 
 class TableError(ValueError):
@@ -61,7 +61,7 @@ def make_table(name: str, results: Path = RESULTS) -> list[str]:
     """Lines of the table of a results file.
 
     Raises:
-        TableError: there is no such file, or no table for its kind.
+        TableError: there is no such file, no table for its kind, or something is missing in it.
     """
     kind = name.split("_")[0]
     file = results / f"{name}.json"
@@ -69,19 +69,33 @@ def make_table(name: str, results: Path = RESULTS) -> list[str]:
         raise TableError(f"no table for {name!r}; known kinds: {', '.join(TABLES)}")
     if not file.exists():
         raise TableError(f"no results for the table {name!r}: {file.name} is not there")
-    return TABLES[kind](json.loads(file.read_text()))
+    try:
+        return TABLES[kind](json.loads(file.read_text()))
+    except KeyError as error:
+        raise TableError(f"{file.name} has no {error}") from error
+    except ValueError as error:
+        raise TableError(f"{file.name}: {error}") from error
 
 
 def fps_table(content: dict[str, Any]) -> list[str]:
-    """Frames a second of all samplers, one line a geometry and batch; from benchmarks/fps.py."""
+    """Frames a second of all samplers, one line a geometry and batch; from benchmarks/fps.py.
+
+    Raises:
+        TableError: nothing was timed, or not the plain sampler.
+    """
     rows = [row for row in content["rows"] if "refused" not in row]
+    if not rows:
+        raise TableError("no sampler was timed")
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
     has_floor = all("share_of_floor" in row for row in rows)
     header = ["geometry", "batch", *samplers]
     lines = _markdown_head(header + ["of floor"] * has_floor)
-    for _, group in groupby(rows, key=lambda row: (_workload(row), row["batch"])):
+    for key, group in groupby(rows, key=lambda row: (_workload(row), row["batch"])):
         by_sampler = {row["sampler"]: row for row in group}
-        plain = by_sampler[PLAIN]
+        plain = by_sampler.get(PLAIN)
+        if plain is None:
+            name, batch = key
+            raise TableError(f"{PLAIN} was not timed for {name}, batch {batch}")
         cells = [_workload(plain), str(plain["batch"])]
         cells += [_speed(by_sampler.get(name)) for name in samplers]
         if has_floor:
@@ -125,16 +139,14 @@ def _workload(row: Row) -> str:
     if row["geometry"] in NAMED_CONFIGS:
         height, width = NAMED_CONFIGS[row["geometry"]].image_size
         parts.append(f"{height} x {width} pixels")
-    parts.append(f"{1 + 4 * (row['latent_frames'] - 1)} frames")
+    # Files that lack the factor are older than it, and of VAEs of the usual one.
+    factor = row.get("temporal_factor", VIDEO_STRIDE)
+    parts.append(f"{pixel_frames(row['latent_frames'], factor)} frames")
     parts.append(f"A = {row['steps']}, D = {row['diffusion_steps']}")
     name = f"{row['geometry']} ({', '.join(parts)})"
-    if _is_whole(row):
+    if is_whole(row):
         return name
     return f"{name}, the first {row['sets_run']} of {row['sets_of_video']} sets"
-
-
-def _is_whole(row: Row) -> bool:
-    return row["sets_run"] == row["sets_of_video"]
 
 
 def _speed(row: Row | None) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from ceilings import CARDS, Ceilings, measure_ceilings
+from clip_lengths import pixel_frames
 from fps_table import PUBLISHED
-from fps_workloads import RELEASED_VIDEO, TRAINED_FRAMES
+from fps_workloads import RELEASED_VIDEO, check_latent_frames
 from measure import machine, results_file, write_rows
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from nova.config import ModelConfig, named_config
 from nova.devices import check_device
 from nova.errors import InputError, NovaError
 from nova.guidance import Guidance
+from nova.pipeline import DEFAULT_LATENT_FRAMES
 from nova.schedule import FlowMatchConfig, set_sizes
 from nova.vae import VAEConfig
 
@@ -51,8 +53,7 @@ def video_work(
     """
     if min(batch, num_frames) < 1:
         raise InputError(f"batch and latents must be at least 1, got {batch} and {num_frames}")
-    if num_frames > 1 and not config.is_video:
-        raise InputError("an image model makes one latent frame")
+    check_latent_frames(config, num_frames)
     work = sampling_work(
         config,
         batch=batch,
@@ -77,7 +78,7 @@ def machine_row(
         num_frames: latent frames.
     """
     sampling = [w for stage, w in work.items() if stage != VAE]
-    frames = batch * (1 + 4 * (num_frames - 1))
+    frames = batch * pixel_frames(num_frames)
     floor = ceilings.floor_seconds(sampling)
     whole = ceilings.floor_seconds(work.values())
     return {
@@ -158,7 +159,7 @@ def main() -> int:
         config = named_config(arguments.geometry)
         num_frames = arguments.latents
         if num_frames is None:
-            num_frames = min(TRAINED_FRAMES, config.time_base)
+            num_frames = min(DEFAULT_LATENT_FRAMES, config.time_base)
 
         def by_batch(dtype: torch.dtype) -> dict[int, dict[str, Work]]:
             return {

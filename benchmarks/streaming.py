@@ -22,15 +22,13 @@ from fps_rows import Row, workload_name
 from fps_text import PROMPT
 from fps_vae import make_vae
 from fps_workloads import RELEASED, Workload, choose_workloads
-from measure import check_file, machine, write_rows
+from measure import check_file, keep_rows, machine
 from rich.console import Console
 from rich.table import Table
 from streaming_runs import WayRuns, run_ways, ways
 
 import nova
-from nova.config import named_config
 from nova.devices import check_device
-from nova.folders import read_configs
 from nova.model import DEFAULT_FPS
 from nova.schedule import FlowMatchConfig
 
@@ -43,8 +41,7 @@ def make_pipeline(
     Raises:
         NovaError: no video model, or a checkpoint that cannot be opened.
     """
-    folder = workload.checkpoint
-    config = named_config(workload.geometry) if folder is None else read_configs(folder)[0]
+    folder, config = workload.checkpoint, workload.model_config
     if not config.is_video:
         raise nova.InputError(f"{workload.geometry} makes images; choose a video model")
     if folder is not None:
@@ -201,15 +198,17 @@ def main() -> int:
         "disable_progress_bar": True,
     }
     facts = machine(device) | card_facts(device)
+    rows: list[Row] = []
+    is_written = True
 
-    def keep(seen: list[WayRuns]) -> list[Row]:
-        """Their rows, which are in the file then: what comes later may not end well."""
+    def keep(seen: list[WayRuns]) -> None:
+        """Make their rows, and write them at once: what comes later may not end well."""
+        nonlocal rows, is_written
         rows = [make_row(runs, workload, arguments.rate) for runs in seen]
         if arguments.json:
-            write_rows(arguments.json, "streaming.py", facts, rows)
-        return rows
+            is_written = keep_rows(arguments.json, "streaming.py", facts, rows)
 
-    seen = run_ways(
+    run_ways(
         pipe,
         ways(device, pipe.vae.module.tile_latents),
         request,
@@ -217,11 +216,10 @@ def main() -> int:
         say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
         keep=keep,
     )
-    rows = keep(seen)
     print_table(rows, facts)
     if arguments.plot:
         draw(arguments.plot, rows, f"{workload_name(rows[0])} on {facts['name']}")
-    return 1 if any("refused" in row for row in rows) else 0
+    return 1 if not is_written or any("refused" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

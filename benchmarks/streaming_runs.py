@@ -123,7 +123,7 @@ def run_ways(
     say: Callable[[str], None] = lambda line: None,
     keep: Callable[[list[WayRuns]], None] = lambda seen: None,
 ) -> list[WayRuns]:
-    """Every way once to warm up and to be checked, then in turns, until the GPU is lost.
+    """Every way once to warm up, then in turns, until the GPU is lost; all runs are checked.
 
     Args:
         request: of the call, without generator.
@@ -163,11 +163,12 @@ def _take_turn(
     first_tiles: Tiles,
     is_timed: bool,
 ) -> str:
-    """Run a way, and add its time, or check its frames; why it is refused, or how long it took.
+    """Run a way, check its frames, and add its time; why it is refused, or how long it took.
 
     Args:
-        right: the frames to compare with by kind of tiles; the first ones are added.
+        right: the frames to compare with by kind of tiles; those of a call's first run are added.
         first_tiles: of the first way.
+        is_timed: whether the time counts.
     """
     peak = PeakBytes(pipe.device)
     try:
@@ -176,10 +177,13 @@ def _take_turn(
         one.refused = f"failed: {in_a_line(error)}"
         return one.refused
     one.peak_bytes = max(one.peak_bytes, peak.read())
+    if not one.way.streams:
+        right.setdefault(one.way.tiles, frames)
+    one.refused = _difference(frames, right.get(one.way.tiles))
     if is_timed:
-        one.runs.append(arrivals)
+        if one.refused is None:
+            one.runs.append(arrivals)
     else:
-        one.refused = _difference(frames, right.setdefault(one.way.tiles, frames))
         by_first = right.get(first_tiles)
         if by_first is not None and by_first.shape == frames.shape:
             one.levels = float(np.abs(frames.astype(int) - by_first.astype(int)).mean())
@@ -209,8 +213,10 @@ def _pieces(pipe: nova.NOVAPipeline, way: Way, request: dict[str, Any]) -> Itera
     yield from (piece.frames[0] for piece in stream)
 
 
-def _difference(frames: np.ndarray, expected: np.ndarray) -> str | None:
-    """What is wrong with frames; None: nothing."""
+def _difference(frames: np.ndarray, expected: np.ndarray | None) -> str | None:
+    """What is wrong with frames, which the call's tell, if it gave any; None: nothing."""
+    if expected is None:
+        return "failed: the call gave no frames to compare with"
     if frames.shape != expected.shape:
         return f"wrong: frames of shape {frames.shape}, the call's {expected.shape}"
     levels = int(np.abs(frames.astype(int) - expected.astype(int)).max())

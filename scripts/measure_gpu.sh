@@ -23,8 +23,13 @@ capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_ca
 [ -z "$capability" ] || export NOVA_CUDA_ARCHS="${NOVA_CUDA_ARCHS:-$capability-real}"
 export MAX_JOBS="${MAX_JOBS:-$(nproc)}" PYTHONUNBUFFERED=1
 
+# After Ctrl-C the running step ends before this script does.
+trap 'exit 130' INT
+
 # step SECONDS NAME COMMAND...: run a command, its output shown and kept in NAME.log. At its limit it is
-# interrupted, so that pytest still says what failed.
+# interrupted, so that pytest still says what failed. The inner timeout interrupts all processes that the
+# command has started, for which it makes them a group of their own, where Ctrl-C does not reach them; the
+# outer one, which has no limit, is there to pass it on. tee must not end before they do.
 step() {
     limit=$(($1 * ${SLOWER:-1})) name=$2 && shift 2
     known="$known $name"
@@ -33,7 +38,8 @@ step() {
     [ "$limit" -le $((end - begin)) ] || limit=$((end - begin))
     [ "$limit" -ge 10 ] || { missed="$missed $name"; return; }
     echo "== $name, at most $limit s"
-    { timeout -s INT -k 10 "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"; } | tee "$out/$name.log"
+    { timeout --foreground -s INT 0 timeout -s INT -k 10 "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"
+    } | tee -i "$out/$name.log"
     [ -f "$out/$name.ok" ] || failed="$failed $name"
     rm -f "$out/$name.ok"
     echo "== $name took $(($(date +%s) - begin)) s"

@@ -1,7 +1,9 @@
 """What benchmarks/fps.py is made of: workloads, gate, rows, stages, tables and pictures."""
 
 import copy
+import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial, partialmethod
 from pathlib import Path
@@ -19,6 +21,7 @@ from fps_measure import measure
 from fps_plot import check_plot, plot
 from fps_runs import run_samplers
 from fps_samplers import (
+    DIFFNEXT_ACCELERATED,
     EXACT,
     EXACT_COMPILED,
     GRAPHS,
@@ -36,6 +39,7 @@ from fps_text import PHI_2, PROMPT, SIZES, make_text_encoder
 from fps_vae import IMAGE_VAE, decode_seconds, make_vae
 from fps_workloads import RELEASED_VIDEO, Workload, choose_workloads
 from random_model import RandomModelRun
+from reference_package import DIFFNEXT
 from shared_weights import share_weights
 from small_models import Repeated, repeating_graphs, small_model
 
@@ -181,13 +185,18 @@ def test_a_slow_sampler_makes_a_part_of_a_video(monkeypatch, seconds_a_frame, fr
     assert row["stages_s"]["VAE"] == pytest.approx(share * row["vae_s"])
 
 
+def short_sampler(model, conditioning, **options):
+    return (frame[..., :-1] for frame in generate_frames(model, conditioning, **options))
+
+
 def test_what_is_wrong_is_not_timed():
     samplers = {PLAIN: generate_frames_plain, "wrong": wrong_sampler, "greedy": greedy_sampler}
-    samplers["broken"] = broken_sampler
+    samplers |= {"broken": broken_sampler, "short": short_sampler}
     seen = run_checked(samplers, repeats=1)
     assert seen["wrong"].refused.startswith("wrong: differs from plain by 1.0e-02")
     assert seen["greedy"].refused == "not enough memory"
     assert seen["broken"].refused == "failed: RuntimeError: no C compiler"
+    assert seen["short"].refused.startswith("wrong: shape (1, ")
     assert not seen["wrong"].latencies and not seen["greedy"].latencies
     assert seen[PLAIN].refused is None and len(seen[PLAIN].latencies) == 1
 
@@ -254,11 +263,12 @@ def test_number_of_runs(options, runs):
     assert len(seen[PLAIN].latencies) == runs - options.get("warm_up", True)
 
 
-def test_a_first_run_that_compiles_never_counts():
+@pytest.mark.parametrize("name", [PLAIN_COMPILED, DIFFNEXT, DIFFNEXT_ACCELERATED])
+def test_a_first_run_that_starts_up_never_counts(name):
     calls = []
-    samplers = {PLAIN: generate_frames_plain, PLAIN_COMPILED: counting(calls)}
+    samplers = {PLAIN: generate_frames_plain, name: counting(calls)}
     seen = run_checked(samplers, repeats=1, warm_up=False)
-    assert len(calls) == 2 and len(seen[PLAIN_COMPILED].latencies) == 1
+    assert len(calls) == 2 and len(seen[name].latencies) == 1
 
 
 def test_compiled_sampler(monkeypatch):
@@ -415,6 +425,8 @@ def test_chosen_workloads():
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"geometries": ["small-video"], "model": "shapes"}, "not both"),
         ({"geometries": ["small-video"], "text": True}, "none is known .* leave --text out"),
+        ({"geometries": ["small-video", "tiny-class"]}, "tiny-class takes class labels"),
+        ({"geometries": ["nova-d48w1024-sd512"], "num_frames": 2}, "one latent frame, not 2"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -437,6 +449,28 @@ def test_checkpoint_weights(tiny_video_folder):
     row = rows_of(workload)[1]
     assert list(row["stages_s"])[0] == "text" and row["stages_s"]["text"] == row["text_s"] > 0
     assert row["weights"] == "checkpoint" and row["compared_sets"] == 2 and row["vae_s"] > 0
+
+
+def test_frames_of_a_checkpoint_are_those_of_its_vae(tiny_video_folder, tmp_path):
+    folder = shutil.copytree(tiny_video_folder, tmp_path / "x")
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    file.write_text(json.dumps({**config, **blocks}))  # which make frames smaller, not fewer
+    [workload] = choose_workloads("cpu", model=folder, num_frames=3)
+    assert workload.temporal_factor == 1 and workload.pixel_frames == 3
+    shutil.rmtree(folder / "vae")
+    [workload] = choose_workloads("cpu", model=folder, num_frames=3)
+    assert workload.pixel_frames == 9
+
+
+def test_rows_tell_the_frames_of_the_vae():
+    row = rows_of(replace(TINY, temporal_factor=8), stages=False)[0]
+    assert row["temporal_factor"] == 8
+    assert row["fps"] == pytest.approx(2 * 9 / row["latency_s"])
 
 
 def test_text_encoder_with_random_weights(monkeypatch):

@@ -5,6 +5,7 @@ import sys
 
 import fps
 import fps_measure
+import measure
 import pytest
 import torch
 from calls import Calls
@@ -20,9 +21,10 @@ from fps_samplers import (
 )
 from fps_workloads import Workload
 from reference_package import DIFFNEXT
+from test_fps import wrong_sampler
 
+from nova.errors import DependencyError
 from nova.plain_sampling import generate_frames_plain
-from nova.sampling import generate_frames
 from nova_kernels.dispatch import VARIABLE
 
 TINY = ("--geometry", "tiny-video", "--steps", 2, "--diffusion-steps", 2, "--repeats", 1)
@@ -134,10 +136,9 @@ def test_bad_options(run, capsys, words, message):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_is_a_bad_option(run, monkeypatch, capsys, backend):
+def test_a_backend_that_cannot_run(run, monkeypatch, capsys, backend):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # else Triton runs on CPUs too
-    with pytest.raises(SystemExit):
-        run(*TINY, "--batch", 1, "--backend", backend)
+    assert run(*TINY, "--batch", 1, "--backend", backend) == 1
     assert "cannot run: " in capsys.readouterr().err
 
 
@@ -180,6 +181,24 @@ def test_an_end_that_is_not_well_loses_no_rows(run, monkeypatch, tmp_path):
     assert [(row["sampler"], row["batch"]) for row in rows] == [(PLAIN, 1), (EXACT, 1)]
 
 
+def test_a_disk_that_is_full_ends_nothing(run, monkeypatch, tmp_path, capsys):
+    write, path, full = measure.replace_text, tmp_path / "fps.json", [False]
+
+    def replace_text(path, text):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(measure, "replace_text", replace_text)
+    assert run(*TINY, "--batch", 1, "--json", path) == 0
+    earlier, full[0] = path.read_text(), True
+    capsys.readouterr()
+    assert run(*TINY, "--batch", 1, "--json", path) == 1
+    said = capsys.readouterr()
+    assert f"{path} could not be written: [Errno 28] No space left" in said.err
+    assert "Stages of the exact sampler" in said.out and path.read_text() == earlier
+
+
 # Whole commands -----------------------------------------------------------------------------------
 
 
@@ -201,10 +220,7 @@ def test_command(run, tmp_path, monkeypatch, capsys):
 
 
 def test_it_fails_where_a_sampler_is_wrong(run, monkeypatch):
-    def wrong(model, conditioning, **options):
-        return (frame * 1.01 for frame in generate_frames(model, conditioning, **options))
-
-    monkeypatch.setattr("fps_samplers.generate_frames", wrong)
+    monkeypatch.setattr("fps_samplers.generate_frames", wrong_sampler)
     assert run(*TINY, "--batch", 1) == 1
 
 
@@ -219,6 +235,22 @@ def test_it_goes_on_where_memory_is_short(run, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "batch 2 ...\nnot enough memory" in said.err and "Stages of the exact" in said.out
     assert run(*TINY, "--batch", 2) == 1
+
+
+def test_it_goes_on_where_a_geometry_cannot_be_measured(run, monkeypatch, capsys):
+    measured = fps.measure
+
+    def measure(workload, *given, **options):
+        if workload.geometry == "small-video":
+            raise DependencyError("decoding needs a package")
+        return measured(workload, *given, **options)
+
+    monkeypatch.setattr(fps, "measure", measure)
+    geometries = ["--geometry", "tiny-video", "small-video", "--batch", 1]
+    assert run(*geometries, *TINY[2:]) == 1
+    said = capsys.readouterr()
+    assert "cannot be measured: decoding needs a package" in said.err
+    assert "tiny-video T=" in said.out
 
 
 @pytest.mark.gpu

@@ -33,6 +33,9 @@ def test_differing_from_plain():
     assert exact.refused is None and 0 < exact.error < 1e-5 and exact.float32_error is None
     assert gate.check(1.01 * latents).refused.startswith("wrong: differs from plain by 1.0e-02")
     assert gate.check(latents / 0).refused == "wrong: NaN or infinite values"
+    shape = tuple(latents.shape)
+    refused = gate.check(latents[:1]).refused
+    assert refused == f"wrong: shape {(1, *shape[1:])}, plain's {shape}"
 
 
 def test_compared_sets():

@@ -1,9 +1,17 @@
-"""benchmarks/measure.py: which code a result is of."""
+"""benchmarks/measure.py and scripts/measure_gpu.sh: which code a result is of, files, Ctrl-C."""
 
+import json
+import os
+import shlex
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import measure
 import pytest
+from replace_text import replace_text
 
 
 @pytest.fixture
@@ -37,3 +45,73 @@ def test_commit_outside_of_git(tmp_path, monkeypatch):
     assert measure.commit() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.commit() == "unknown"
+
+
+def test_the_command_of_a_results_file_can_be_run_again(tmp_path, monkeypatch):
+    words = ["--model", "a folder/it's"]
+    monkeypatch.setattr(sys, "argv", ["fps.py", *words])
+    measure.write_rows(tmp_path / "new" / "x.json", "fps.py", {}, [])
+    command = json.loads((tmp_path / "new" / "x.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "benchmarks/fps.py", *words]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file, link = tmp_path / "x.json", tmp_path / "link.json"
+    file.write_text("old")
+    link.symlink_to(file)
+    replace_text(link, "new")
+    assert link.is_symlink() and file.read_text() == "new"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", failing)
+        with pytest.raises(OSError, match="full"):
+            replace_text(file, "newer")
+    assert file.read_text() == "new" and sorted(tmp_path.iterdir()) == [link, file]
+
+
+def failing(*arguments):
+    raise OSError("the disk is full")
+
+
+def test_what_is_no_file_is_not_replaced():
+    replace_text(Path(os.devnull), "text")
+    assert Path(os.devnull).is_char_device()
+
+
+# In place of Python: a step that waits for a process of its own, and ends well when interrupted.
+STEP = """\
+#!{python}
+import signal, subprocess, sys
+if sys.argv[1] == "-c":
+    sys.exit(1)
+signals = []
+signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+child = subprocess.Popen(["sleep", "60"])
+print("it runs", flush=True)
+print(f"{{child.wait()}} for the child, {{signals[0]}} for the step", flush=True)
+"""
+
+
+def test_ctrl_c_reaches_the_running_step(tmp_path):
+    python, log = tmp_path / "python", tmp_path / "out" / "denoise.log"
+    python.write_text(STEP.format(python=sys.executable))
+    python.chmod(0o755)
+    script = subprocess.Popen(
+        ["sh", "scripts/measure_gpu.sh", str(tmp_path / "out"), "denoise", "roofline"],
+        cwd=Path(measure.ROOT),
+        env={**os.environ, "PYTHON": str(python)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may ignore it
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (log.exists() and "it runs" in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGINT)  # as a terminal does
+        assert script.wait(timeout=30) == 130
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+    assert "-2 for the child, 2 for the step" in log.read_text()
+    assert not (tmp_path / "out" / "roofline.log").exists()

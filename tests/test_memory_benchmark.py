@@ -1,6 +1,7 @@
 """benchmarks/memory.py: what its options are for, what it says before it measures, its rows."""
 
 import json
+from pathlib import Path
 
 import memory
 import pytest
@@ -120,3 +121,20 @@ def test_rows_are_added(tmp_path):
     for _ in range(2):
         memory.main(["sampling", *options, "--json", str(path)])
     assert [row["what"] for row in json.loads(path.read_text())] == ["sampling"] * 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_earlier_rows(tmp_path, monkeypatch):
+    path = tmp_path / "memory.json"
+    path.write_text("[1]")
+
+    def half(file, text, **options):
+        with file.open("w") as opened:
+            opened.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    options = ["--geometry", "tiny-video", "--steps", "2", "--diffusion-steps", "2", "--sets", "1"]
+    with pytest.raises(OSError, match="No space left"):
+        memory.main(["sampling", *options, "--json", str(path)])
+    assert path.read_text() == "[1]" and list(tmp_path.iterdir()) == [path]

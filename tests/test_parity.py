@@ -83,6 +83,25 @@ def test_reference_configs_and_names():
             load_model(case, GOLDEN / case["weights"])
 
 
+def test_a_damaged_case_takes_no_other_along(tmp_path, capsys, monkeypatch):
+    import shutil
+
+    import parity
+
+    for name in ("a", "b", "c"):
+        shutil.copytree(GOLDEN / "t2i_rope_cfg", tmp_path / name)
+    (tmp_path / "weights").mkdir()
+    shutil.copy(GOLDEN / "weights" / "t2i_rope.safetensors", tmp_path / "weights")
+    (tmp_path / "a" / "case.json").write_text('{"call"')
+    vectors = tmp_path / "b" / "vectors.safetensors"
+    vectors.write_bytes(vectors.read_bytes()[:-9])
+    monkeypatch.setattr("sys.argv", ["parity.py", str(tmp_path)])
+    assert parity.main() == 1
+    told = capsys.readouterr().out
+    assert "NOT SUPPORTED: JSONDecodeError" in told and "NOT SUPPORTED: SafetensorError" in told
+    assert "1 of 3 cases" in told
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     """Exit status: 0 when all pass, 1 when one is off or unknown."""
     import json

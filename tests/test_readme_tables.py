@@ -77,6 +77,28 @@ def test_share_of_the_floor(tmp_path):
     assert head.endswith("| of floor |") and line.endswith("| 25 % |")
 
 
+def test_frames_are_those_of_the_vae(tmp_path):
+    write(tmp_path, [fps_row("plain", 6.0, temporal_factor=8)])
+    assert "17 frames" in make_table("fps_x", tmp_path)[2]
+
+
+def test_files_with_something_missing(tmp_path):
+    plain, refused = fps_row("plain", 6.0), {"refused": "not timed yet"}
+    del plain["fps"]
+    for rows, message in (
+        ([], "fps_x.json: no sampler was timed"),
+        ([fps_row("plain", 6.0, **refused)], "no sampler was timed"),
+        ([fps_row("plain", 6.0, **refused), fps_row("exact", 2.0)], "plain was not .*, batch 2"),
+        ([plain], "fps_x.json has no 'fps'"),
+    ):
+        write(tmp_path, rows)
+        with pytest.raises(TableError, match=message):
+            make_table("fps_x", tmp_path)
+    (tmp_path / "fps_x.json").write_text('{"rows"')
+    with pytest.raises(TableError, match="fps_x.json: Expecting"):
+        make_table("fps_x", tmp_path)
+
+
 def test_only_blocks_change(tmp_path):
     write(tmp_path, [fps_row("plain", 6.0)])
     text = "before\n\n<!-- table: fps_x -->\nold\n<!-- end table -->\nafter\n"

@@ -87,6 +87,38 @@ def test_wrong_pixels_are_not_timed(pipe, monkeypatch):
     assert stream.refused.startswith("wrong: differs from the call by") and not stream.runs
 
 
+def test_timed_runs_are_checked_too(pipe, monkeypatch):
+    """As what is recorded in the first run and wrong in a later one."""
+    right, streamed = streaming_runs._pieces, []
+
+    def wrong_later(pipe, way, request):
+        streamed.append(way.streams)
+        for piece in right(pipe, way, request):
+            yield 255 - piece if way.streams and sum(streamed) > 2 else piece
+
+    monkeypatch.setattr(streaming_runs, "_pieces", wrong_later)
+    said = []
+    call, stream = run_ways(pipe, ways(CPU, 5)[:2], REQUEST, repeats=3, say=said.append)
+    assert call.refused is None and len(call.runs) == 3
+    assert stream.refused.startswith("wrong: differs from the call by") and len(stream.runs) == 1
+    assert f"turn 2, stream: {stream.refused}" in said
+
+
+def test_a_stream_without_a_call_is_refused(pipe, monkeypatch):
+    right = streaming_runs._pieces
+
+    def broken(pipe, way, request):
+        if not way.streams:
+            raise RuntimeError("no kernel image")
+        return right(pipe, way, request)
+
+    monkeypatch.setattr(streaming_runs, "_pieces", broken)
+    call, stream = run_ways(pipe, ways(CPU, 5)[:2], REQUEST, repeats=1)
+    assert call.refused == "failed: RuntimeError: no kernel image"
+    assert stream.refused == "failed: the call gave no frames to compare with"
+    assert not stream.runs
+
+
 def test_missing_frames_are_noticed(pipe, monkeypatch):
     right = streaming_runs._pieces
     monkeypatch.setattr(
@@ -191,6 +223,17 @@ def test_what_fails_is_in_the_file_at_once(tiny_video_folder, tmp_path, monkeypa
     assert row["refused"] == "failed: RuntimeError: no kernel image"
 
 
+def test_a_disk_that_is_full_ends_nothing(tiny_video_folder, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measure, "replace_text", full)
+    options = ["--model", str(tiny_video_folder), *SMALL_CALL, "--json", str(tmp_path / "s.json")]
+    assert run_command(monkeypatch, *options) == 1
+    said = capsys.readouterr()
+    assert "s.json could not be written" in said.err and "at 12 frames a second" in said.out
+
+
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["streaming.py", "--device", "cpu", *arguments])
     return streaming.main()
@@ -224,7 +267,8 @@ def test_random_weights(monkeypatch, capsys):
         (["--cuda-graphs"], "CUDA graphs need a GPU"),
         (["--latents", "0"], "num_frames must be at least 1"),
         (["--geometry", "x"], "no size named 'x'"),
-        (["--geometry", "tiny-class"], "choose a video model"),
+        (["--geometry", "tiny-class"], "takes class labels"),
+        (["--geometry", "nova-d48w1024-sd512"], "choose a video model"),
         (["--plot", "x.xyz"], "must end in"),
     ],
 )
