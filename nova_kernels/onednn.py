@@ -1,15 +1,17 @@
 """Linear layers and convolutions on a CPU by oneDNN, which torch brings along.
 
 torch's own linear layer is MKL's product in float32: it first copies the bias into the result,
-takes the weight as it lies, and leaves an activation to a pass of its own. With AVX-512 oneDNN is
-faster all the same, without it MKL is. The operators called here are those that torch.compile calls
-where weights are frozen; torch does not document them.
+takes the weight as it lies, and leaves an activation to a pass of its own. On an AMD CPU with
+AVX-512 oneDNN is faster all the same; without AVX-512, and on an Intel CPU with it, MKL is. The
+operators called here are those that torch.compile calls where weights are frozen; torch does not
+document them.
 Convolutions of one small video torch leaves to a loop of its own instead of oneDNN, by a rule that
 counts the elements of an image (`use_mkldnn` in ATen/native/Convolution.cpp).
 """
 
 import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +54,16 @@ def multiplies_faster() -> bool:
     """
     if not gives_all_threads():
         return False
-    with_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return with_avx512 or not torch.backends.mkl.is_available()
+    if not torch.backends.mkl.is_available():
+        return True
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not _is_from_intel()
+
+
+def _is_from_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux, or closed off
+        return False
 
 
 def _is_there(device: torch.device) -> bool:

@@ -155,16 +155,19 @@ def test_whose_convolutions_are_computed(monkeypatch, has_half):
 
 
 @pytest.mark.parametrize(
-    "capability, has_mkl, threads, expected",
+    "capability, intel, has_mkl, threads, expected",
     [
-        ("AVX512", True, True, True),
-        ("AVX512", True, False, False),
-        ("AVX2", True, True, False),
-        ("DEFAULT", True, True, False),
-        ("AVX2", False, True, True),
+        ("AVX512", False, True, True, True),
+        ("AVX512", False, True, False, False),
+        ("AVX512", True, True, True, False),
+        ("AVX512", True, False, True, True),
+        ("AVX2", False, True, True, False),
+        ("DEFAULT", False, True, True, False),
+        ("AVX2", False, False, True, True),
     ],
 )
-def test_whose_products_are_faster(monkeypatch, capability, has_mkl, threads, expected):
+def test_whose_products_are_faster(monkeypatch, capability, intel, has_mkl, threads, expected):
+    monkeypatch.setattr(onednn, "_is_from_intel", lambda: intel)
     monkeypatch.setattr(onednn, "gives_all_threads", lambda: threads)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
