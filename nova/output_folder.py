@@ -1,4 +1,4 @@
-"""The folder that long work, such as a training, writes into."""
+"""The folder that long work writes into."""
 
 import tempfile
 from pathlib import Path
@@ -20,5 +20,5 @@ def make_output_folder(folder: Path) -> None:
     except OSError as error:
         raise MediaError(
             f"{folder} cannot be made, or not be written into: {error.strerror}; give another "
-            "folder as out (--out)"
+            "folder"
         ) from error

@@ -637,7 +637,7 @@ def test_odd_output_size_is_padded(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("file/x.mp4", "cannot be created"),
+        ("file/x.mp4", "file cannot be made"),
         ("x.xyz", "the name must end in one of .mp4"),
         ("folder.mp4", "is a folder; name a file in it"),
     ],

@@ -2,12 +2,12 @@
 
 import os
 import secrets
-import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from ..errors import InputError, MediaError
+from ..output_folder import make_output_folder
 
 H264_SUFFIXES = (".mp4", ".m4v", ".mov")
 VIDEO_SUFFIXES = (*H264_SUFFIXES, ".gif")
@@ -23,7 +23,7 @@ def check_writable(path: str | os.PathLike, suffixes: Sequence[str] = OUTPUT_SUF
 
     Raises:
         MediaError: unknown suffix, the path is a folder or too long, or its folder cannot be
-            created or written to.
+            made or written into.
     """
     try:
         path = Path(path).expanduser()
@@ -36,16 +36,7 @@ def check_writable(path: str | os.PathLike, suffixes: Sequence[str] = OUTPUT_SUF
         raise MediaError(
             f"cannot tell the format of {path}: the name must end in one of {', '.join(suffixes)}."
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MediaError(f"folder {path.parent} cannot be created: {error.strerror}.") from error
-    try:
-        # Permission bits lie on read-only and network file systems; only writing tells.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise MediaError(f"folder {path.parent} is not writable: {error.strerror}.") from error
+    make_output_folder(path.parent)
     return path
 
 
