@@ -431,6 +431,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_output_to_a_full_disk_is_no_bug(monkeypatch):
+    def to_a_full_disk(report):
+        with open("/dev/full", "w") as file:
+            print(report, file=file)
+
+    monkeypatch.setattr(doctor, "print_report", to_a_full_disk)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("No space left on device; make room, or write elsewhere\n")
+    assert isinstance(CliRunner().invoke(app, ["doctor", "--debug"]).exception, OSError)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
 def test_interrupt_exits_130_and_leaves_nothing(tiny_video_folder, tmp_path):
     command = [sys.executable, "-m", "nova", "generate", PROMPT]

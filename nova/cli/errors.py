@@ -1,6 +1,7 @@
 """How the command line reports what went wrong: one line, and a traceback only where asked for."""
 
 import contextlib
+import errno
 import sys
 import warnings
 from collections.abc import Iterator
@@ -36,9 +37,9 @@ DebugOption = Annotated[
 class CommandGroup(TyperGroup):
     """Commands whose errors and warnings reach stderr as one line each.
 
-    Exit codes: 1 for a `NovaError`, or where a backend of the ops was asked for that cannot run; 2
-    for a usage error (typer's), 130 after Ctrl-C. Any other exception is a bug and keeps its
-    traceback.
+    Exit codes: 1 for a `NovaError`, where a backend of the ops was asked for that cannot run, or
+    where what is printed goes to a full disk; 2 for a usage error (typer's), 130 after Ctrl-C. Any
+    other exception is a bug and keeps its traceback.
     """
 
     def invoke(self, ctx: typer.Context) -> Any:
@@ -49,6 +50,11 @@ class CommandGroup(TyperGroup):
             if ctx.meta.get(_DEBUG):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if ctx.meta.get(_DEBUG) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"error: {one_line(error)}; make room, or write elsewhere", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             if ctx.meta.get(_DEBUG):
