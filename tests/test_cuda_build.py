@@ -1,82 +1,103 @@
-"""The CUDA extension as users build it, for the A100 and the H100. Needs nvcc, and no GPU."""
+"""The CUDA extension as users get it, and what its kernels take on A100 and H100. Needs no GPU."""
 
+import os
 import re
 import shutil
-from types import SimpleNamespace
+import subprocess
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from builds import ROOT, build_info_of, build_wheel, make_checkout
+from kernel_testing import needs_triton
 
-SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
-WITHOUT_KERNELS = ("denoise", "device_info")
-ARCHITECTURES = (80, 90)
+import nova_kernels
+from nova_kernels.cuda_kernels import extension
+
+ARCHITECTURES = {"80", "90"}
 REGISTERS = 65536  # of a multiprocessor, and the most of a block
 GRANULE = 8  # registers are given to threads in multiples
 
-# What ptxas says of a kernel.
+# What cuobjdump says of kernels, by the architecture named above them. What registers do not hold
+# is in the stack; shared memory is what a kernel declares.
 RESOURCES = re.compile(
-    r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<architecture>\d+)'"
-    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
-    r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
-    re.DOTALL,
+    r"arch = sm_(?P<architecture>\d+)|"
+    r"Function (?P<kernel>\w+):\s+REG:(?P<registers>\d+) "
+    r"STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)"
 )
 # The most threads of a block, as the kernel's launch bounds set them.
-THREADS = re.compile(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", re.DOTALL)
+THREADS = re.compile(
+    r"arch = sm_(?P<architecture>\d+)|"
+    r"^\.nv\.info\.(?P<kernel>_Z\w+)$.*?EIATTR_MAX_THREADS.*?Value:\s+(?P<threads>0x\w+)",
+    re.DOTALL | re.MULTILINE,
+)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
-]
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A build: log, wheel, and the checkout with the compiler's intermediate files.
-
-    In an environment that pip makes for it, where a package index can be reached.
-    """
-    folder = tmp_path_factory.mktemp("cuda")
-    checkout = make_checkout(folder)
-    environment = {
-        "NOVA_CUDA": "1",
-        "NOVA_CUDA_ARCHS": ";".join(f"{architecture}-real" for architecture in ARCHITECTURES),
-        "NVCC_APPEND_FLAGS": "-Xptxas -v -keep",
-        "MAX_JOBS": "1",  # what compilers say does not mix
-    }
-    process, wheel = build_wheel(checkout, folder, isolated=True, **environment)
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(tmp_path):
+    """In an environment that pip makes for it, where a package index can be reached."""
+    checkout = make_checkout(tmp_path)
+    # Of one architecture: nvcc takes long, and the tests' own environment has the others.
+    variables = {"NOVA_CUDA": "1", "NOVA_CUDA_ARCHS": "90-real"}
+    process, wheel = build_wheel(checkout, tmp_path, isolated=True, **variables)
     if process.returncode != 0 and "No matching distribution found" in process.stdout:
         if shutil.which("cmake") is None:
             pytest.skip("needs cmake, or an index that has it")
-        process, wheel = build_wheel(checkout, folder, **environment)
+        process, wheel = build_wheel(checkout, tmp_path, **variables)
     assert process.returncode == 0, process.stdout
-    return SimpleNamespace(log=process.stdout, wheel=wheel, checkout=checkout)
-
-
-def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(built, tmp_path):
-    assert built.log.count("built the CUDA extension") == 1
-    printed = build_info_of(built.wheel, tmp_path / "new")
+    assert process.stdout.count("built the CUDA extension") == 1
+    printed = build_info_of(wheel, tmp_path / "new")
     assert "'cuda_extension': True, 'error': None" in printed
-    assert "'architectures': ['80-real', '90-real']" in printed and printed.endswith("[]\n")
+    assert "'architectures': ['90-real']" in printed and printed.endswith("[]\n")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_kernels_do_not_spill_and_fit_a_block(built, source):
-    threads = {}
-    for architecture in ARCHITECTURES:
-        (ptx,) = built.checkout.rglob(f"{source}.compute_{architecture}.ptx")
-        threads[str(architecture)] = dict(THREADS.findall(ptx.read_text()))
-    names = threads[str(ARCHITECTURES[0])].keys()
-    assert all(found.keys() == names for found in threads.values())
-    assert names or source in WITHOUT_KERNELS
+def listing(module, option):
+    """What the tool that comes with Triton says of the code in a compiled module."""
+    tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, module], capture_output=True, text=True, check=True).stdout
 
-    compiled = [match.groupdict() for match in RESOURCES.finditer(built.log)]
-    compiled = [entry for entry in compiled if entry["kernel"] in names]
-    assert len(compiled) == len(names) * len(ARCHITECTURES)
-    for entry in compiled:
-        assert entry["stack"] == entry["stores"] == entry["loads"] == "0", entry
-        # Launches ask for all shared memory that there is, so kernels declare none of their own.
-        assert entry["shared"] in (None, "0"), entry
-        registers = -(-int(entry["registers"]) // GRANULE) * GRANULE
-        bound = int(threads[entry["architecture"]][entry["kernel"]])
-        assert registers * bound <= REGISTERS, entry
+
+def by_architecture(pattern, text):
+    """Matches for each architecture, by the kernel's name."""
+    found, architecture = defaultdict(dict), None
+    for match in pattern.finditer(text):
+        if match["kernel"] is None:
+            architecture = match["architecture"]
+        else:
+            found[architecture][match["kernel"]] = match
+    return found
+
+
+@needs_triton
+@pytest.mark.skipif(
+    extension.obstacle() is not None
+    and (shutil.which("nvcc") is None or os.environ.get("NOVA_CUDA") == "0"),
+    reason="needs the CUDA extension",
+)
+def test_kernels_do_not_spill_and_fit_a_block():
+    """Of the module in use: `make` builds it where there is nvcc."""
+    assert extension.obstacle() is None
+    built_for = {name.partition("-")[0] for name in nova_kernels.build_info()["architectures"]}
+    if not ARCHITECTURES <= built_for:
+        pytest.skip(f"the extension was built for {sorted(built_for)} (NOVA_CUDA_ARCHS)")
+    module = extension.extension().__file__
+    resources = by_architecture(RESOURCES, listing(module, "-res-usage"))
+    threads = by_architecture(THREADS, listing(module, "-elf"))
+    assert resources.keys() == threads.keys() == built_for
+
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu*"))
+    names = set(re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s*(\w+)", sources))
+    assert len(names) == sources.count("__global__") > 0
+    for architecture, kernels in resources.items():
+        assert kernels.keys() == threads[architecture].keys() == resources["80"].keys()
+        assert all(any(name in kernel for kernel in kernels) for name in names)
+        for kernel, used in kernels.items():
+            assert used["stack"] == "0", used[0]
+            # Launches ask for all shared memory that there is, so kernels declare none. From sm_90
+            # on, cuobjdump counts the KiB that CUDA has in every block.
+            assert int(used["shared"]) == (1024 if int(architecture) >= 90 else 0), used[0]
+            registers = -(-int(used["registers"]) // GRANULE) * GRANULE
+            bound = int(threads[architecture][kernel]["threads"], 16)
+            assert registers * bound <= REGISTERS, used[0]
