@@ -96,8 +96,8 @@ def test_kernels_do_not_spill_and_fit_a_block():
         for kernel, used in kernels.items():
             assert used["stack"] == "0", used[0]
             # Launches ask for all shared memory that there is, so kernels declare none. From sm_90
-            # on, cuobjdump counts the KiB that CUDA has in every block.
-            assert int(used["shared"]) == (1024 if int(architecture) >= 90 else 0), used[0]
+            # on, the KiB counts that CUDA itself has in a block with shared memory.
+            assert int(used["shared"]) <= (1024 if int(architecture) >= 90 else 0), used[0]
             registers = -(-int(used["registers"]) // GRANULE) * GRANULE
             bound = int(threads[architecture][kernel]["threads"], 16)
             assert registers * bound <= REGISTERS, used[0]

@@ -38,8 +38,8 @@ class CommandGroup(TyperGroup):
     """Commands whose errors and warnings reach stderr as one line each.
 
     Exit codes: 1 for a `NovaError`, where a backend of the ops was asked for that cannot run, or
-    where what is printed goes to a full disk; 2 for a usage error (typer's), 130 after Ctrl-C. Any
-    other exception is a bug and keeps its traceback.
+    where a disk is full; 2 for a usage error (typer's), 130 after Ctrl-C. Any other exception is a
+    bug and keeps its traceback.
     """
 
     def invoke(self, ctx: typer.Context) -> Any:
