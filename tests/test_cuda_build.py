@@ -3,9 +3,7 @@
 import os
 import re
 import shutil
-import subprocess
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,12 +51,6 @@ def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(tmp_path):
     assert "'architectures': ['90-real']" in printed and printed.endswith("[]\n")
 
 
-def listing(module, option):
-    """What the tool that comes with Triton says of the code in a compiled module."""
-    tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, module], capture_output=True, text=True, check=True).stdout
-
-
 def by_architecture(pattern, text):
     """Matches for each architecture, by the kernel's name."""
     found, architecture = defaultdict(dict), None
@@ -82,9 +74,11 @@ def test_kernels_do_not_spill_and_fit_a_block():
     built_for = {name.partition("-")[0] for name in nova_kernels.build_info()["architectures"]}
     if not ARCHITECTURES <= built_for:
         pytest.skip(f"the extension was built for {sorted(built_for)} (NOVA_CUDA_ARCHS)")
-    module = extension.extension().__file__
-    resources = by_architecture(RESOURCES, listing(module, "-res-usage"))
-    threads = by_architecture(THREADS, listing(module, "-elf"))
+    from nova_kernels.triton_kernels.ahead_of_time import listing
+
+    module = Path(extension.extension().__file__).read_bytes()
+    resources = by_architecture(RESOURCES, listing(module, "cuobjdump", "-res-usage"))
+    threads = by_architecture(THREADS, listing(module, "cuobjdump", "-elf"))
     assert resources.keys() == threads.keys() == built_for
 
     sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu*"))

@@ -71,14 +71,14 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS},
     )
     cubin = compiled.asm["cubin"]
-    usage = _resource_usage(_listing(cubin, "cuobjdump", "-res-usage"))
+    usage = _resource_usage(listing(cubin, "cuobjdump", "-res-usage"))
     shared = compiled.metadata.shared
     return Resources(
         kernel=launch.kernel.__name__,
         architecture=architecture,
         registers=usage["REG"],
         spills=usage["STACK"],
-        costly_spills=costly_spills(_listing(cubin, "nvdisasm", "-c")) if usage["STACK"] else 0,
+        costly_spills=costly_spills(listing(cubin, "nvdisasm", "-c")) if usage["STACK"] else 0,
         shared_memory=shared,
         occupancy=_occupancy(architecture, usage["REG"], launch.num_warps, shared),
     )
@@ -113,8 +113,8 @@ def _type_of(value: object) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _listing(cubin: bytes, tool: str, option: str) -> str:
-    """What one of the tools that come with Triton says of a compiled kernel."""
+def listing(cubin: bytes, tool: str, option: str) -> str:
+    """What cuobjdump or nvdisasm, as they come with Triton, says of compiled code."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
