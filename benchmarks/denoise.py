@@ -112,15 +112,18 @@ def by_many_launches(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
 def by_one_launch(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
     """The same for the persistent kernel, by the size of its clusters."""
     x, steps = loop.x, loop.steps
-    if not x.is_cuda or extension.obstacle() is not None:
+    if not x.is_cuda:
         return {}
+    as_called: dict[str, Make] = {"one launch": lambda: partial(loop.run, "cuda")}
+    if extension.obstacle() is not None:
+        return as_called  # which is refused for that
     if persistent.obstacle(x, loop.condition, loop.weights, steps, None) is not None:
         return {}
     graphs = {
         f"one launch, clusters of {size}, graph": partial(one_launch, loop, shape, size)
         for size in CLUSTER_SIZES
     }
-    return graphs | {"one launch": lambda: partial(loop.run, "cuda")}
+    return graphs | as_called
 
 
 def one_launch(loop: Loop, shape: DenoiseShape, cluster_size: int) -> Callable[[], Tensor] | None:

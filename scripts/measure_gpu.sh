@@ -5,8 +5,8 @@
 # Copy the JSON files to benchmarks/results once they are right. PYTHON (python3) must have torch with
 # CUDA, and is installed into; without a network set PIP_NO_DEPS=1, or PIP_NO_INDEX=1 and
 # PIP_FIND_LINKS to a folder of wheels. Every step has a time limit, and what it had finished by then
-# stays; ARCHIVE=FILE.tar.gz also keeps it in one file, made anew after every step. Steps that the ten
-# minutes do not reach are named in the end, to be run by name. SLOWER=3 gives three times as long for
+# stays; ARCHIVE=FILE.tar.gz, outside of FOLDER, also keeps it in one file, made anew after every step. Steps
+# for which the ten minutes leave less than half their limit are named in the end, to be run by name. SLOWER=3 gives three times as long for
 # everything. What fails is named too; the rest is run all the same. Of a copy without git NOVA_COMMIT tells
 # the results which commit they are of.
 out=${1:?name a folder for the results}
@@ -35,8 +35,9 @@ step() {
     known="$known $name"
     case " $steps " in *" $name "*) ;; *) return ;; esac
     begin=$(date +%s)
-    [ "$limit" -le $((end - begin)) ] || limit=$((end - begin))
-    [ "$limit" -ge 10 ] || { missed="$missed $name"; return; }
+    left=$((end - begin))
+    [ "$left" -ge $((limit / 2)) ] || { missed="$missed $name"; return; }
+    [ "$limit" -le "$left" ] || limit=$left
     echo "== $name, at most $limit s"
     { timeout --foreground -s INT 0 timeout -s INT -k 10 "$limit" "$@" 2>&1 && echo ok > "$out/$name.ok"
     } | tee -i "$out/$name.log"
@@ -62,6 +63,11 @@ fps() {
 # What builds is fetched where it is missing and can be. Without the extension the step has failed.
 step 80 build sh -c '"$0" -m pip install -q --retries 0 "setuptools>=77" pybind11 cmake ninja
     NOVA_CUDA="${NOVA_CUDA:-1}" "$0" -m pip install --no-build-isolation -e ".[test]"' "$python"
+# Without it benchmarks measure what is left, which must not pass for the figures of a whole build.
+[ -z "$capability" ] || [ "$NOVA_CUDA" = 0 ] || "$python" -c '
+import sys
+from nova_kernels.cuda_kernels import extension
+sys.exit(extension.obstacle())' || failed="$failed (measured without the CUDA extension)"
 # Without matplotlib, which the line above may have brought, benchmarks that are to plot measure nothing.
 plots=$("$python" -c 'import matplotlib; print("yes")' 2>/dev/null)
 # Attention first: one of its tests compiles kernels for a minute.
@@ -83,10 +89,15 @@ fps 60 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-tune --no-
 step 60 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 30 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # By name alone: all tests, as `make test` runs them (files that need PyAV do not count as passed without
-# it), what nova.tune gains, when pixels of a stream are there, what users are told of their card (one
+# it; slow ones of the GPU are steps of their own), the table with the reference package, which must be
+# importable, the kernels of the largest batch, what nova.tune gains, when pixels of a stream are there, what users are told of their card (one
 # process compiles all kernels for it), what torch.compile makes of sampling and of the ops, whole videos
 # with text encoder and VAE, and other backends of the ops.
-tests 500 all_tests -n 8 --dist loadfile --no-loadscope-reorder --continue-on-collection-errors tests
+tests 500 all_tests -n 8 --dist loadfile --no-loadscope-reorder --continue-on-collection-errors \
+    -m 'not (gpu and slow)' tests
+fps 500 reference --batch 1 4 24 --run-latents 1 --repeats 2 --no-compile --no-tune --against diffnext
+step 90 profile_batch24 "$python" benchmarks/kernel_times.py --batch 24 \
+    --json "$out/kernel_times_batch24.json"
 fps 350 tuned --batch 1 4 --run-latents 1 --repeats 2 --no-compile --tune --no-stages
 fps 400 tuned_batch24 --batch 24 --run-latents 1 --repeats 1 --no-compile --tune --no-stages
 step 240 streaming "$python" benchmarks/streaming.py --repeats 1 \

@@ -115,3 +115,32 @@ def test_ctrl_c_reaches_the_running_step(tmp_path):
             os.killpg(script.pid, signal.SIGKILL)
     assert "-2 for the child, 2 for the step" in log.read_text()
     assert not (tmp_path / "out" / "roofline.log").exists()
+
+
+# In place of Python: there is a GPU, everything ends well, and the extension is not there.
+WITHOUT_EXTENSION = """\
+#!/bin/sh
+case "$2" in
+*get_device_capability*) echo 90 ;;
+*extension.obstacle*) echo "it is not built" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("wanted", ["1", "0"])
+def test_figures_without_the_extension_are_no_success(tmp_path, wanted):
+    python = tmp_path / "python"
+    python.write_text(WITHOUT_EXTENSION)
+    python.chmod(0o755)
+    script = subprocess.run(
+        ["sh", "scripts/measure_gpu.sh", str(tmp_path / "out"), "roofline"],
+        cwd=Path(measure.ROOT),
+        env={**os.environ, "PYTHON": str(python), "NOVA_CUDA": wanted},
+        capture_output=True,
+        text=True,
+    )
+    if wanted == "0":
+        assert script.returncode == 0 and "failed" not in script.stdout
+    else:
+        assert script.returncode == 1 and "it is not built" in script.stderr
+        assert "failed: (measured without the CUDA extension)" in script.stdout

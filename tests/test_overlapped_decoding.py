@@ -228,5 +228,7 @@ def test_on_a_gpu(tiny_video_folder, offload, output_type):
     expected = call(pipe, **options)
     assert (call(pipe, overlap_decoding=True, **options).frames == expected.frames).all()
     before = torch.cuda.memory_reserved()
-    call(pipe, overlap_decoding=True, **options)
-    assert torch.cuda.memory_reserved() == before  # what the last call freed serves this one
+    for _ in range(8):
+        call(pipe, overlap_decoding=True, **options)
+    # What one call freed serves the next; how soon it is free depends on how far the GPU is behind.
+    assert torch.cuda.memory_reserved() <= 2 * before

@@ -1,6 +1,7 @@
 """Kernels that do not start on a GPU are not chosen automatically."""
 
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -81,3 +82,14 @@ def test_kernels_start(backend):
     device = torch.device("cuda", torch.cuda.current_device())
     with FakeTensorMode():
         assert startup.failure_to_start.__wrapped__(backend, device) is None
+
+
+@pytest.mark.skipif(extension.obstacle() is not None, reason="the CUDA extension is not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels start where there is a GPU")
+def test_what_cuda_says_is_the_reason(monkeypatch):
+    """The extension sees no GPU where it is too new for a driver that torch can use."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    startup.failure_to_start.cache_clear()
+    with pytest.warns(startup.StartupWarning, match="denoise: CUDA says cudaError"):
+        assert startup.failure_to_start("cuda", torch.device("cuda", 0)) is not None
+    startup.failure_to_start.cache_clear()

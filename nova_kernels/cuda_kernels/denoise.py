@@ -160,11 +160,12 @@ def device_limits(
     module: ModuleType, device: torch.device, dtype: torch.dtype, passes: int
 ) -> DeviceLimits:
     """Asked of the driver, as some multiprocessors are left over when they are grouped."""
-    # Not of torch, which tells it from 2.7 on.
-    shared_bytes = module.devices()[device.index]["shared_memory_per_block_optin"]
+    # First, since it raises what is wrong where the extension has no GPU, whose list is empty then.
     with torch.cuda.device(device):
         clusters = {
             size: module.denoise_clusters(dtype_of(module, dtype), passes, size)
             for size in CLUSTER_SIZES
         }
+    # Not of torch, which tells it from 2.7 on.
+    shared_bytes = module.devices()[device.index]["shared_memory_per_block_optin"]
     return DeviceLimits(clusters, shared_bytes)
