@@ -115,10 +115,11 @@ def by_one_launch(loop: Loop, shape: DenoiseShape) -> dict[str, Make]:
     if not x.is_cuda:
         return {}
     as_called: dict[str, Make] = {"one launch": lambda: partial(loop.run, "cuda")}
-    if extension.obstacle() is not None:
-        return as_called  # which is refused for that
-    if persistent.obstacle(x, loop.condition, loop.weights, steps, None) is not None:
-        return {}
+    try:
+        if persistent.obstacle(x, loop.condition, loop.weights, steps, None) is not None:
+            return {}
+    except RuntimeError:  # no extension, or one that CUDA refuses: the call will say so
+        return as_called
     graphs = {
         f"one launch, clusters of {size}, graph": partial(one_launch, loop, shape, size)
         for size in CLUSTER_SIZES

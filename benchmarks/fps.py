@@ -14,6 +14,7 @@ what is measured.
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fps_rows import Row, speeds
 from fps_samplers import make_samplers
 from fps_table import print_tables
 from fps_workloads import choose_workloads
-from measure import check_file, keep_rows, machine
+from measure import check_file, is_lost, keep_rows, machine
 from reference_package import DIFFNEXT, import_reference
 
 from nova.devices import check_device, free_memory, is_out_of_memory
@@ -179,9 +180,13 @@ def main() -> int:
                 print(f"cannot be measured: {error}", file=sys.stderr, flush=True)
                 failed = True
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if is_lost(device):
                     raise
-                print("not enough memory", file=sys.stderr, flush=True)
+                if is_out_of_memory(error):
+                    print("not enough memory", file=sys.stderr, flush=True)
+                else:  # such as of a kernel
+                    traceback.print_exc()
+                    failed = True
             finished = results.finish_batch()
             print(f"  frames a second: {speeds(finished)}", file=sys.stderr, flush=True)
             # The graphs and their models, which would count as memory of the next samplers.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from ceilings import Ceilings
-from fps_gate import TOLERANCES, Gate, first_tokens_in_float32
+from fps_gate import TOLERANCES, Gate, first_sets_by_plain_torch
 from fps_rows import FLOAT32_ERROR, Row
 from fps_runs import SamplerRuns, fitting_frames, run_samplers, warm_process
 from fps_samplers import EXACT, PLAIN, TUNED
@@ -62,12 +62,14 @@ def measure(
         fitting = fitting_frames(run, samplers[PLAIN], device, workload.run_seconds)
         run.shorten(min(fitting, workload.num_frames))
         say(f"{run.sets_run} of {run.sets_of_video} sets are run")
-    in_float32 = None if dtype == torch.float32 else first_tokens_in_float32(run, device, say)
+    # In float32 on a CPU the plain sampler is plain torch.
+    is_plain_torch = device.type == "cpu" and dtype == torch.float32
+    plain_torch = None if is_plain_torch else first_sets_by_plain_torch(run, device, say)
     gate = Gate(
         run,
         TOLERANCES[dtype],
         compared_sets=workload.compared_sets,
-        float32_tokens=in_float32,
+        plain_torch=plain_torch,
     )
     maker = _RowMaker(workload, run, backend, ceilings)
     seen = run_samplers(

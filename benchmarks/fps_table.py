@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fps_gate import FLOAT32_SETS
+from fps_gate import PLAIN_TORCH_SETS
 from fps_rows import FLOAT32_ERROR, Row, float32_errors, has_float32_error, workload_name
 from fps_workloads import RELEASED_VIDEO
 from rich.console import Console
@@ -40,8 +40,8 @@ def captions(rows: Sequence[Row], facts: dict[str, Any]) -> list[str]:
     lines.append(f"Latents of all samplers agree with plain's, relative error up to {allowed}.")
     if any(has_float32_error(row) for row in rows):
         lines.append(
-            f"from float32: error of what the first {FLOAT32_SETS} sets reveal, against plain in "
-            "float32 with the same weights, prompts and noise. This package's samplers: "
+            f"from float32: error of what the first {PLAIN_TORCH_SETS} sets reveal, against plain "
+            "torch in float32 with the same weights, prompts and noise. This package's samplers: "
             f"{float32_errors(rows) or 'nothing to compare with'}."
         )
     if any(row["weights"] == "checkpoint" for row in rows):
@@ -57,8 +57,8 @@ def _sampler_table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
     for name in ("geometry", "sets", "batch", "sampler"):
         table.add_column(name)
     names = ("seconds", "spread", "1st frame", "1st run", "frames/s", "with VAE")
-    in_half = any(has_float32_error(row) for row in rows)
-    names += ("x plain", "of floor", "error", *(["from float32"] if in_half else []), "peak MB")
+    has_error = any(has_float32_error(row) for row in rows)
+    names += ("x plain", "of floor", "error", *(["from float32"] if has_error else []), "peak MB")
     for name in names:
         table.add_column(name, justify="right")
     for row in rows:
@@ -71,11 +71,11 @@ def _sampler_table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
         if "refused" in row:
             table.add_row(*names, row["refused"], style="dim")
         else:
-            table.add_row(*names, *_figures(row, in_half))
+            table.add_row(*names, *_figures(row, has_error))
     return table
 
 
-def _figures(row: Row, in_half: bool) -> list[str]:
+def _figures(row: Row, has_error: bool) -> list[str]:
     times = row["latencies_s"]
     return [
         f"{row['latency_s']:.2f}",
@@ -87,7 +87,7 @@ def _figures(row: Row, in_half: bool) -> list[str]:
         f"{row['ratio_to_plain']:.2f}",
         f"{100 * row['share_of_floor']:.1f} %",
         f"{row['max_error_vs_plain']:.1e}",
-        *([_or_dash(row.get(FLOAT32_ERROR), "{:.1e}")] if in_half else []),
+        *([_or_dash(row.get(FLOAT32_ERROR), "{:.1e}")] if has_error else []),
         f"{row['peak_memory_bytes'] / 2**20:.0f}",
     ]
 

@@ -35,7 +35,7 @@ from nova.sampling import generate_frames
 from nova.schedule import scheduler_from_dict, set_sizes
 from nova.vae import CausalVideoVAE, VAEConfig
 from nova_kernels.dispatch import BACKENDS
-from nova_kernels.errors import BackendError
+from nova_kernels.errors import BackendError, in_a_line
 
 TOLERANCE = 1e-4
 # Options of a recorded call that this script passes on; any other makes a case unsupported.
@@ -238,10 +238,11 @@ def main() -> int:
             BackendError,
             OSError,
             KeyError,
+            RuntimeError,  # such as of a kernel, or too little memory
             ValueError,  # such as of JSON
             SafetensorError,
         ) as error:
-            print(f"{folder.name:30} NOT SUPPORTED: {type(error).__name__}: {error}")
+            print(f"{folder.name:30} NOT SUPPORTED: {in_a_line(error)}")
             failed += 1
             continue
         worst = max(errors, key=lambda key: (errors[key] != errors[key], errors[key]))

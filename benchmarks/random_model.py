@@ -160,17 +160,18 @@ class RandomModelRun:
         tokens = patchify(latents[:, :, 0], self.config.patch_size)
         return order.select(tokens, 0, sum(self._set_sizes[:num_sets]))
 
-    def in_float32(self, num_sets: int) -> "RandomModelRun":
-        """The first sets of the first frame by plain torch in float32: same numbers, rounded less.
+    def by_plain_torch(self, num_sets: int, dtype: torch.dtype) -> "RandomModelRun":
+        """The first sets of the first frame, with plain torch in place of every op.
 
-        Weights (a copy), prompts and draws are those of this run.
+        Weights (a copy), prompts and draws are those of this run, whatever the dtype.
         """
         run = copy.copy(self)
-        run._model = copy.deepcopy(self._model).float()
+        run._model = copy.deepcopy(self._model).to(dtype)
         run._model.set_backend("reference")
-        run._conditioning = Conditioning(self._conditioning.tokens.float(), self.batch)
+        run._conditioning = Conditioning(self._conditioning.tokens.to(dtype), self.batch)
         run._set_sizes = self._set_sizes[:num_sets]
-        run._noise_kind = DrawsInFloat32
+        if dtype == torch.float32:
+            run._noise_kind = DrawsInFloat32
         run.shorten(1)
         return run
 

@@ -155,8 +155,14 @@ def test_one_launch_comes_last_and_its_failure_loses_nothing(
     assert ("the GPU refuses all work after kernel" in capsys.readouterr().err) == is_lost
 
 
-def test_a_missing_extension_is_told(monkeypatch):
+def test_an_extension_that_does_not_run_is_told(monkeypatch):
     """Its figures would be missing as if there were no such kernel."""
-    loop = SimpleNamespace(x=SimpleNamespace(is_cuda=True), steps=[], run=None)
-    monkeypatch.setattr(benchmark.extension, "obstacle", lambda: "it was not built")
+
+    def refuse(*arguments):
+        raise RuntimeError("denoise: CUDA says cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(benchmark.persistent, "obstacle", refuse)
+    loop = SimpleNamespace(
+        x=SimpleNamespace(is_cuda=True), steps=[], condition=None, weights=None, run=None
+    )
     assert list(benchmark.by_one_launch(loop, None)) == ["one launch"]

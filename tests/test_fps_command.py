@@ -174,6 +174,7 @@ def test_an_end_that_is_not_well_loses_no_rows(run, monkeypatch, tmp_path):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(fps_measure, "stage_seconds", broken)
+    monkeypatch.setattr(fps, "is_lost", lambda device: True)
     path = tmp_path / "fps.json"
     with pytest.raises(RuntimeError, match="illegal"):
         run(*TINY, "--batch", 1, 2, "--json", path)
@@ -237,19 +238,27 @@ def test_it_goes_on_where_memory_is_short(run, monkeypatch, capsys):
     assert run(*TINY, "--batch", 2) == 1
 
 
-def test_it_goes_on_where_a_geometry_cannot_be_measured(run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (DependencyError("decoding needs a package"), "cannot be measured: "),
+        (RuntimeError("CUDA error: no kernel image"), "Traceback"),
+    ],
+    ids=["package", "kernel"],
+)
+def test_it_goes_on_where_a_geometry_cannot_be_measured(run, monkeypatch, capsys, error, told):
     measured = fps.measure
 
     def measure(workload, *given, **options):
         if workload.geometry == "small-video":
-            raise DependencyError("decoding needs a package")
+            raise error
         return measured(workload, *given, **options)
 
     monkeypatch.setattr(fps, "measure", measure)
     geometries = ["--geometry", "tiny-video", "small-video", "--batch", 1]
     assert run(*geometries, *TINY[2:]) == 1
     said = capsys.readouterr()
-    assert "cannot be measured: decoding needs a package" in said.err
+    assert told in said.err and str(error) in said.err
     assert "tiny-video T=" in said.out
 
 

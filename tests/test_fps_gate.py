@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from fps_gate import ALLOWED_TIMES, FLOAT32_SETS, Gate, first_tokens_in_float32
+from fps_gate import (
+    ALLOWED_TIMES,
+    PLAIN_TORCH_SETS,
+    Gate,
+    first_sets_by_plain_torch,
+)
 from fps_rows import float32_errors
 from fps_table import captions, print_tables
 from random_model import RandomModelRun
@@ -51,48 +56,68 @@ def test_compared_sets():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_is_the_same_run(dtype):
+def test_plain_torch_is_the_same_run(dtype):
     run = make_run(dtype)
-    tokens = first_tokens_in_float32(run, **SILENT)
+    plain_torch = first_sets_by_plain_torch(run, **SILENT)
+    tokens = plain_torch.tokens
     latents = run.sample(generate_frames_plain)
-    rounded = run.first_tokens(latents, FLOAT32_SETS)
+    rounded = run.first_tokens(latents, PLAIN_TORCH_SETS)
     assert tokens.dtype == torch.float32 and tokens.shape == rounded.shape
     # Rounding alone: half a unit in the last place of a result, and as much a few times before.
     error = (tokens - rounded).norm() / tokens.norm()
     assert 0.2 * torch.finfo(dtype).eps < error < 10 * torch.finfo(dtype).eps
+    # On a CPU plain is plain torch.
+    assert plain_torch.error == pytest.approx(error.item(), rel=1e-3)
     # The run itself stays as it was.
     assert torch.equal(run.sample(generate_frames_plain), latents)
 
 
-def test_further_from_float32_than_plain():
+def test_further_from_float32_than_plain_torch():
     run = make_run(torch.bfloat16)
-    tokens, latents = first_tokens_in_float32(run, **SILENT), run.sample(generate_frames_plain)
-    gate = Gate(run, 1.0, float32_tokens=tokens)
+    plain_torch = first_sets_by_plain_torch(run, **SILENT)
+    latents = run.sample(generate_frames_plain)
+    gate = Gate(run, 1.0, plain_torch=plain_torch)
     plain = gate.check(latents)
     assert plain.refused is None and plain.error == 0 and 0 < plain.float32_error < 0.1
     # An error of the same size beside that of plain: together 1.4 times as much; three: 3.2.
     near = gate.check(disturbed(latents, plain.float32_error))
     assert near.refused is None and near.float32_error > 1.1 * plain.float32_error
     far = gate.check(disturbed(latents, 3 * plain.float32_error))
-    allowed = ALLOWED_TIMES * plain.float32_error
+    allowed = ALLOWED_TIMES * plain_torch.error
     assert far.float32_error > allowed
     told = f"differs from float32 by {far.float32_error:.1e}, allowed {allowed:.1e}"
     assert far.refused == f"wrong: {told}"
+    # Plain itself, which may run wrong kernels.
+    plain = Gate(run, 1.0, plain_torch=plain_torch).check(
+        disturbed(latents, 3 * plain.float32_error)
+    )
+    assert plain.error == 0 and plain.refused == far.refused
     # Of a checkpoint it is told, and refuses nothing.
-    gate = Gate(run, 1.0, compared_sets=2, float32_tokens=tokens)
+    gate = Gate(run, 1.0, compared_sets=2, plain_torch=plain_torch)
     gate.check(latents)
-    told = gate.check(disturbed(latents, 3 * plain.float32_error))
+    told = gate.check(disturbed(latents, 3 * plain_torch.error))
     assert told.refused is None and told.float32_error == far.float32_error
 
 
-def test_no_memory_for_float32(monkeypatch):
+def test_wrong_kernels_that_plain_runs_too():
+    """In float32 as well, which has no error of its own."""
+    run = make_run()
+    plain_torch = first_sets_by_plain_torch(run, **SILENT)
+    latents = run.sample(generate_frames_plain)
+    assert plain_torch.error < 1e-6
+    assert Gate(run, 1e-4, plain_torch=plain_torch).check(latents).refused is None
+    wrong = Gate(run, 1e-4, plain_torch=plain_torch).check(disturbed(latents, 1e-3))
+    assert wrong.error == 0 and wrong.refused.endswith(", allowed 1.0e-04")
+
+
+def test_no_memory_for_plain_torch(monkeypatch):
     def greedy(self, *arguments):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(RandomModelRun, "in_float32", greedy)
+    monkeypatch.setattr(RandomModelRun, "by_plain_torch", greedy)
     said = []
-    assert first_tokens_in_float32(make_run(torch.bfloat16), CPU, said.append) is None
-    assert said == ["not enough memory to compare with float32"]
+    assert first_sets_by_plain_torch(make_run(torch.bfloat16), CPU, said.append) is None
+    assert said == ["not enough memory to compare with plain torch"]
     rows = rows_of(dtype=torch.bfloat16, stages=False)
     assert [row["error_vs_float32"] for row in rows] == [None, None]
 

@@ -101,6 +101,14 @@ def test_a_damaged_case_takes_no_other_along(tmp_path, capsys, monkeypatch):
     assert "NOT SUPPORTED: JSONDecodeError" in told and "NOT SUPPORTED: SafetensorError" in told
     assert "1 of 3 cases" in told
 
+    def fail(folder, place):
+        raise RuntimeError("CUDA error: no kernel image\nand more")
+
+    monkeypatch.setattr(parity, "run_case", fail)
+    assert parity.main() == 1
+    told = capsys.readouterr().out
+    assert told.count("NOT SUPPORTED: RuntimeError: CUDA error: no kernel image\n") == 3
+
 
 def test_command_line(tmp_path, capsys, monkeypatch):
     """Exit status: 0 when all pass, 1 when one is off or unknown."""
