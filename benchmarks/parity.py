@@ -35,7 +35,7 @@ from nova.sampling import generate_frames
 from nova.schedule import scheduler_from_dict, set_sizes
 from nova.vae import CausalVideoVAE, VAEConfig
 from nova_kernels.dispatch import BACKENDS
-from nova_kernels.errors import BackendError, in_a_line
+from nova_kernels.errors import in_a_line
 
 TOLERANCE = 1e-4
 # Options of a recorded call that this script passes on; any other makes a case unsupported.
@@ -235,10 +235,9 @@ def main() -> int:
         except (
             Unsupported,
             NovaError,
-            BackendError,
             OSError,
             KeyError,
-            RuntimeError,  # such as of a kernel, or too little memory
+            RuntimeError,  # such as of a backend or a kernel, or too little memory
             ValueError,  # such as of JSON
             SafetensorError,
         ) as error:

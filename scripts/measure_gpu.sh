@@ -6,9 +6,9 @@
 # CUDA, and is installed into; without a network set PIP_NO_DEPS=1, or PIP_NO_INDEX=1 and
 # PIP_FIND_LINKS to a folder of wheels. Every step has a time limit, and what it had finished by then
 # stays; ARCHIVE=FILE.tar.gz, outside of FOLDER, also keeps it in one file, made anew after every step. Steps
-# for which the ten minutes leave less than half their limit are named in the end, to be run by name. SLOWER=3 gives three times as long for
-# everything. What fails is named too; the rest is run all the same. Of a copy without git NOVA_COMMIT tells
-# the results which commit they are of.
+# for which the ten minutes leave less than half their limit are named in the end, to be run by name.
+# SLOWER=3 gives three times as long for everything. What fails is named too; the rest is run all the same.
+# Of a copy without git NOVA_COMMIT tells the results which commit they are of.
 out=${1:?name a folder for the results}
 shift
 steps=${*:-build op_tests gpu_tests batch1 denoise batch24 op_times batch4 profile roofline}
@@ -89,10 +89,10 @@ fps 60 batch4 --batch 4 --run-latents 1 --repeats 2 --no-compile --no-tune --no-
 step 60 profile "$python" benchmarks/kernel_times.py --json "$out/kernel_times.json"
 step 30 roofline "$python" benchmarks/roofline.py --json "$out/roofline.json"
 # By name alone: all tests, as `make test` runs them (files that need PyAV do not count as passed without
-# it; slow ones of the GPU are steps of their own), the table with the reference package, which must be
-# importable, the kernels of the largest batch, what nova.tune gains, when pixels of a stream are there, what users are told of their card (one
-# process compiles all kernels for it), what torch.compile makes of sampling and of the ops, whole videos
-# with text encoder and VAE, and other backends of the ops.
+# it; slow ones of the GPU are steps of their own), the README's table with the reference package, which
+# must be importable, the kernels of the largest batch, what nova.tune gains, when pixels of a stream are
+# there, what users are told of their card (one process compiles all kernels for it), what torch.compile
+# makes of sampling and of the ops, whole videos with text encoder and VAE, and other backends of the ops.
 tests 500 all_tests -n 8 --dist loadfile --no-loadscope-reorder --continue-on-collection-errors \
     -m 'not (gpu and slow)' tests
 fps 500 reference --batch 1 4 24 --run-latents 1 --repeats 2 --no-compile --no-tune --against diffnext
