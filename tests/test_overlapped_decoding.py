@@ -227,8 +227,9 @@ def test_on_a_gpu(tiny_video_folder, offload, output_type):
             assert (item.frames == frames).all()
     expected = call(pipe, **options)
     assert (call(pipe, overlap_decoding=True, **options).frames == expected.frames).all()
-    before = torch.cuda.memory_reserved()
-    for _ in range(8):
+    before, calls = len(torch.cuda.memory_snapshot()), 8
+    for _ in range(calls):
         call(pipe, overlap_decoding=True, **options)
-    # What one call freed serves the next; how soon it is free depends on how far the GPU is behind.
-    assert torch.cuda.memory_reserved() <= 2 * before
+    # What a call frees serves the next, though not all of it at once: the GPU may be behind. A
+    # stream of its own for every call would take at least a segment of memory for each.
+    assert len(torch.cuda.memory_snapshot()) < before + calls
