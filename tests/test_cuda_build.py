@@ -37,8 +37,10 @@ THREADS = re.compile(
 def test_the_extension_is_in_the_wheel_and_loads_without_a_driver(tmp_path):
     """In an environment that pip makes for it, where a package index can be reached."""
     checkout = make_checkout(tmp_path)
-    # Of one architecture: nvcc takes long, and the tests' own environment has the others.
+    # Of one architecture and little optimised: nvcc takes long, and the tests' own environment has
+    # the others, and kernels as users run them.
     variables = {"NOVA_CUDA": "1", "NOVA_CUDA_ARCHS": "90-real"}
+    variables["NVCC_APPEND_FLAGS"] = "-Xcicc -O1 -Xptxas -O1"
     process, wheel = build_wheel(checkout, tmp_path, isolated=True, **variables)
     if process.returncode != 0 and "No matching distribution found" in process.stdout:
         if shutil.which("cmake") is None:

@@ -22,6 +22,7 @@ from nova.config import NAMED_CONFIGS, ModelConfig
 from nova.graph_recording import RecordingError
 from nova_kernels.dispatch import HAS_TRITON
 from nova_kernels.errors import BackendError
+from nova_kernels.ops.block_causal_attention import HEAD_DIMS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Triton before 3.6 makes the same kernels with more registers.
@@ -114,6 +115,36 @@ def test_widths_of_all_models_are_compiled():
     assert {width for widths in parts for width in widths} == set(WIDTHS)
     mixers = {(m.image_encoder.embed_dim, m.video_mixer_rank) for m in models}
     assert {(width, rank) for width, rank in mixers if rank is not None} <= set(MIXERS)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "kernel, table",
+    [
+        ("attention_forward_kernel", "FORWARD"),
+        ("attention_query_gradient_kernel", "QUERY_GRADIENT"),
+        ("attention_key_gradient_kernel", "KEY_GRADIENT"),
+    ],
+)
+def test_tiles_of_all_heads_are_compiled(kernel, table):
+    from nova_kernels.triton_kernels import block_causal_attention as attention
+    from nova_kernels.triton_kernels.compile_cases import compile_cases
+
+    compiled = {
+        (
+            launch.constants["BLOCK_DIM"],
+            attention.TileSetting(
+                launch.constants["BLOCK_QUERIES"],
+                launch.constants["BLOCK_KEYS"],
+                launch.num_warps,
+                launch.num_stages,
+            ),
+        )
+        for launch in (case.launch for case in compile_cases())
+        if launch.kernel.__name__ == kernel
+    }
+    used = [*getattr(attention, table).items(), (max(HEAD_DIMS), attention.EXACT)]
+    assert compiled == {(1 << (head_dim - 1).bit_length(), tile) for head_dim, tile in used}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured instead")

@@ -242,10 +242,15 @@ def test_a_compiler_that_is_no_command_is_an_error(checkout, tmp_path):
     assert 'SetupError: CXX="g++ is no command: No closing quotation' in process.stdout
 
 
+def write_cpp_sources(checkout, text):
+    """In place of the C++ extension's own, whose compilation takes long."""
+    for source in (checkout / "csrc" / "cpp").glob("*.cpp"):
+        source.write_text(text if source.name == "binding.cpp" else "")
+
+
 @needs_cxx
 def test_broken_cpp_source(checkout, tmp_path):
-    for source in (checkout / "csrc" / "cpp").glob("*.cpp"):  # no time for those that are right
-        source.write_text("#error broken on purpose\n")
+    write_cpp_sources(checkout, "#error broken on purpose\n")
     process, wheel = build_wheel(checkout, tmp_path, NOVA_CUDA="0", NOVA_CPP="auto")
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("WARNING: installing without the C++ extension") == 1
@@ -256,6 +261,7 @@ def test_broken_cpp_source(checkout, tmp_path):
 def test_editable_install_has_the_extension_beside_the_package(checkout, tmp_path):
     hook = f"from setuptools.build_meta import build_editable as build; build({str(tmp_path)!r})"
     # The C++ extension for both: setup.py treats them alike, and nvcc takes several times as long.
+    write_cpp_sources(checkout, "#ifndef WITH_OPTIONS\n#error without options\n#endif\n")
     # By a path from here, while CMake runs elsewhere.
     (checkout / "c++").symlink_to(shutil.which("c++"))
     modes = {"NOVA_CUDA": "0", "NOVA_CPP": "1", "CXX": "./c++ -DWITH_OPTIONS"}

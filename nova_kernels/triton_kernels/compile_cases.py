@@ -23,6 +23,9 @@ from nova_kernels.triton_kernels.row_settings import SETTINGS, row_setting
 
 HALF = torch.bfloat16
 DTYPES = (HALF, torch.float16, torch.float32)
+# Both half precisions take the same registers and memory, and differ in how values are converted,
+# which one size shows.
+SIZED_DTYPES = (HALF, torch.float32)
 # Widths of released models, of their diffusion MLPs, and of the model in this package. Row kernels
 # are compiled for the padded width, which several of them share.
 WIDTHS = (192, 768, 1024, 1280, 1536)
@@ -60,9 +63,9 @@ def _meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 def _rows() -> Iterator[CompileCase]:
     used = {row_setting(width).block_width for width in WIDTHS}
     for width in SETTINGS:
-        for dtype in DTYPES if width in used else (HALF,):
+        dtypes = DTYPES if width == min(used) else SIZED_DTYPES if width in used else (HALF,)
+        for dtype in dtypes:
             case = f"width {width}, {_name(dtype)}"
-            # Dtypes differ in how values are converted, which one variant shows.
             all_variants = width in used and dtype == HALF
             for op, variant, launch in _row_launches(width, dtype, all_variants):
                 yield CompileCase(op, case + variant, launch, width in used)
@@ -94,7 +97,8 @@ def _linear_gelu() -> Iterator[CompileCase]:
 
 
 def _frame_scale_shift() -> Iterator[CompileCase]:
-    for (width, rank), dtype in product(MIXERS, DTYPES):
+    sizes = [*product(MIXERS, SIZED_DTYPES), (MIXERS[0], torch.float16)]
+    for (width, rank), dtype in sizes:
         case = f"width {width}, rank {rank}, {_name(dtype)}"
         x = _meta(2, 8, 360, width, dtype=dtype)
         weights = [
@@ -120,7 +124,10 @@ def _rope3d() -> Iterator[CompileCase]:
 
 def _diffusion_step() -> Iterator[CompileCase]:
     guidances = ((1, 1.0), (2, 1.0), (2, 0.5), (3, 1.0), (3, 0.5))
-    for dtype, (passes, renorm), masked in product(DTYPES, guidances, (False, True)):
+    variants = [(HALF, *variant) for variant in product(guidances, (False, True))]
+    # In other dtypes those that hold most.
+    variants += [(dtype, guidances[-1], True) for dtype in (torch.float16, torch.float32)]
+    for dtype, (passes, renorm), masked in variants:
         x = _meta(24, 36, 64, dtype=dtype)
         step = StepCoefficients(1.0, -0.04, noise=0.1, guidance=5.0, renorm=renorm)
         # Whole frames have a mask, packed sets have tokens outside.
@@ -136,10 +143,10 @@ def _diffusion_step() -> Iterator[CompileCase]:
 
 
 def _attention() -> Iterator[CompileCase]:
-    kinds = [(head_dim, HALF, True) for head_dim in block_causal_attention.FORWARD]
-    # float16 has the tiles of bfloat16. Float32 takes long to compile: heads that models have.
-    kinds += [(64, torch.float16, True)]
-    kinds += [(head_dim, torch.float32, True) for head_dim in (32, 64, 96)]
+    # A tile setting each, as these take long to compile: heads of 128 have the tiles of 96 without
+    # the masks, float16 has those of bfloat16, and float32 has the same for all heads.
+    kinds = [(64, HALF, True), (96, HALF, True), (32, torch.float16, True)]
+    kinds += [(96, torch.float32, True)]
     # Without a prefix there is a loop less: only what released models are trained with.
     kinds += [(64, HALF, False), (96, HALF, False)]
     for head_dim, dtype, with_prefix in kinds:
