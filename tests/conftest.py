@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
     # Triton reads it when kernels are defined; its interpreter runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
-        from triton_interpreter import patch_language_once
+        from triton_interpreter import patch_interpreter
 
-        patch_language_once()
+        patch_interpreter()
 else:
     # A smaller example of a failure would take minutes: each has kernels to compile.
     settings.register_profile("gpu", phases=[phase for phase in Phase if phase is not Phase.shrink])
