@@ -63,10 +63,10 @@ def _meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 def _rows() -> Iterator[CompileCase]:
     used = {row_setting(width).block_width for width in WIDTHS}
     for width in SETTINGS:
-        dtypes = DTYPES if width == min(used) else SIZED_DTYPES if width in used else (HALF,)
-        for dtype in dtypes:
+        in_full = width == min(used)
+        for dtype in DTYPES if in_full else SIZED_DTYPES if width in used else (HALF,):
             case = f"width {width}, {_name(dtype)}"
-            all_variants = width in used and dtype == HALF
+            all_variants = in_full and dtype == HALF
             for op, variant, launch in _row_launches(width, dtype, all_variants):
                 yield CompileCase(op, case + variant, launch, width in used)
 
